@@ -4,6 +4,10 @@
 //!
 //! * [`units`]: offsets, clusters and counts as distinct types.
 //! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
+//! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
 
+pub mod engine;
 pub mod format;
+pub mod storage;
 pub mod units;
