@@ -202,6 +202,25 @@ impl Image {
         self.active.as_ref().is_some_and(|active| active.is_owned(l1_index, generation))
     }
 
+    fn become_ready(&self) {
+        let (from, to) = (State::Opened as u8, State::Ready as u8);
+        // Lost only to a failure or to another first write.
+        let _ = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    fn cluster_bits(&self) -> u32 {
+        self.cluster_size().trailing_zeros()
+    }
+
+    /// Lets entries point to clusters that the file has grown by.
+    fn follow_end(&self) {
+        if let (Some(layer), Some(active)) = (self.layers.first(), &self.active)
+            && let LayerKind::Qcow2(mapping) = &layer.kind
+        {
+            mapping.host_end.fetch_max(active.allocator.end_offset(), Ordering::AcqRel);
+        }
+    }
+
     /// Takes no more writes. Only the first failure is told.
     fn fail(&self, event: ImageEvent) {
         let before = self.state.swap(State::Failed as u8, Ordering::AcqRel);

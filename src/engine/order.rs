@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use event_listener::Event;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, TryStreamExt};
 
 use super::active::Active;
 use super::allocator::{BlockCopy, TableWrite};
@@ -274,7 +274,14 @@ impl<S: Storage> Worker<S> {
             (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
             _ => return self.sync().await,
         };
-        let collected = self.collect(mapping, active);
+        let mut collected = self.collect(mapping, active);
+        if !keeps!(UnlinkBeforeRelease) {
+            let dropped = std::mem::take(&mut collected.dropped);
+            self.release(active, dropped).await?;
+            let (blocks, names) = active.allocator.collect();
+            collected.blocks.extend(blocks);
+            collected.names = names;
+        }
         let written = self.write_collected(file, active, &collected).await;
         active.allocator.copies_written(&collected.blocks);
         for body in &collected.bodies {
@@ -309,21 +316,17 @@ impl<S: Storage> Worker<S> {
         let slice_bytes = to_usize(mapping.slice_bytes());
         for body in &bodies {
             body.pin();
-            let mut state = body.lock();
-            state.modified = false;
             let host_offset = body.key().host_offset().get();
             let table = mapping.geometry.cluster_align_down(host_offset);
-            let is_new = {
-                // The lock order is L1, then slices: look without holding both.
-                drop(state);
-                let is_new = lock(&active.l1).unnamed_tables.contains(&table);
-                state = body.lock();
-                state.modified = false;
-                is_new
-            };
+            // Looked up before the slice lock is taken (lock order). A named table stays named;
+            // one that is not stays so until this flush has written its name.
+            let is_new = lock(&active.l1).unnamed_tables.contains(&table);
+            let mut state = body.lock();
+            state.modified = false;
             let pieces = if is_new { &mut new_tables } else { &mut slices };
             let target = extend(pieces, host_offset, slice_bytes);
             body.encode_locked(&state, target);
+            drop(state);
         }
         let (blocks, names) = active.allocator.collect();
         let tables: HashSet<u64> = l1_values

@@ -126,7 +126,15 @@ impl<S: Storage> Worker<S> {
                 }
                 LayerKind::Qcow2(mapping) => mapping,
             };
-            let (piece, len) = self.resolve_in(layer, mapping, position, left).await?;
+            let resolved = self.resolve_in(layer, mapping, position, left).await;
+            let (piece, len) = resolved.map_err(|error| match error.kind() {
+                // The active image is sound when its backing file is not.
+                ErrorKind::Corrupt if layer.index > 0 => Error::new(
+                    ErrorKind::Io,
+                    format!("layer {} of the backing chain: {}", layer.index, error.chain()),
+                ),
+                _ => error,
+            })?;
             match piece {
                 Some(piece) => return Ok((piece, len)),
                 None => left = len,

@@ -11,6 +11,7 @@ use super::allocator::Run;
 use super::cache::slice::SliceBody;
 use super::error::{Error, ErrorKind};
 use super::layer::{EntryPlace, LayerKind};
+use super::order::keeps;
 use super::pin::PinGuard;
 use super::table::Target;
 use super::taken::TakenGuard;
@@ -206,13 +207,20 @@ impl<S: Storage> Worker<S> {
         let len = (bytes - inside).min(sg.len());
         let host = allocator.offset(run.start);
         let (start, data) = self.surround(span, inside, bytes, run.fresh, sg.slice(0, len)).await?;
-        self.write_host(span.target.layer.file, host.get() + start, data).await?;
-        allocator.publish(&self.storage, run.start, run.count).await?;
-        reserved.disarm();
-        self.link(span, to_usize(run.count), |index, _| {
-            Some(L2Entry::standard(host + to_u64(index) * cluster_size, true))
-        })
-        .await?;
+        let file = span.target.layer.file;
+        let linked =
+            |index, _| Some(L2Entry::standard(host + to_u64(index) * cluster_size, true));
+        if keeps!(DataBeforeLink) {
+            self.write_host(file, host.get() + start, data).await?;
+            allocator.publish(&self.storage, run.start, run.count).await?;
+            reserved.disarm();
+            self.link(span, to_usize(run.count), linked).await?;
+        } else {
+            allocator.publish(&self.storage, run.start, run.count).await?;
+            reserved.disarm();
+            self.link(span, to_usize(run.count), linked).await?;
+            self.write_host(file, host.get() + start, data).await?;
+        }
         drop(taken);
         Ok(len)
     }

@@ -253,11 +253,6 @@ impl Allocator {
         (copies, names)
     }
 
-    pub(crate) fn has_modified(&self) -> bool {
-        let state = lock(&self.state);
-        !state.blocks.modified.is_empty() || !state.blocks.unnamed.is_empty()
-    }
-
     /// The copies have reached the file (or the image has failed).
     pub(crate) fn copies_written(&self, copies: &[BlockCopy]) {
         let mut state = lock(&self.state);

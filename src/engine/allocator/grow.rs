@@ -13,6 +13,7 @@ use crate::engine::error::{Error, ErrorKind, lock};
 use crate::format::geometry::REFTABLE_BYTES_MAX;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, SgList, Storage};
+use crate::units::HostOffset;
 
 /// Growth per chunk: an eighth of the file, at least this many clusters ...
 const CHUNK_CLUSTERS_MIN: u64 = 64;
@@ -234,7 +235,7 @@ impl Allocator {
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
             .update(storage, |header| {
-                header.refcount_table_offset = table_offset;
+                header.refcount_table_offset = HostOffset::new(table_offset);
                 header.refcount_table_clusters = clusters_word;
             })
             .await

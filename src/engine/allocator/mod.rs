@@ -31,6 +31,7 @@ use super::cache::SliceKey;
 use super::cache::store::Store;
 use super::error::{Error, ErrorKind, lock};
 use super::header_owner::HeaderOwner;
+use super::order::keeps;
 use super::pin::PinBoard;
 use super::protected::Protected;
 use crate::format::geometry::Geometry;
@@ -310,7 +311,7 @@ impl Allocator {
             let mut state = lock(&self.state);
             let state = &mut *state;
             // Evicted between loading and locking: load again.
-            let Some(counts) = state.blocks.modify(block) else { continue };
+            let Some(mut counts) = state.blocks.modify(block) else { continue };
             for at in cluster..cluster + run {
                 let index = usize::try_from(at % entries).unwrap_or(0);
                 let value = change(at, counts.get(index), &mut state.quarantine)?;
@@ -328,7 +329,7 @@ impl Allocator {
             let Quarantined { start, count, tables, .. } = {
                 let mut state = lock(&self.state);
                 let Some(front) = state.quarantine.front() else { return freed };
-                if front.epoch >= self.board.oldest() {
+                if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
                     return freed;
                 }
                 let Some(front) = state.quarantine.pop_front() else { return freed };
@@ -362,11 +363,6 @@ impl Allocator {
             self.store.retire(SliceKey::new(0, self.offset(start) + at));
             at += slice_bytes;
         }
-    }
-
-    /// Is anything waiting in quarantine?
-    pub(crate) fn has_quarantine(&self) -> bool {
-        !lock(&self.state).quarantine.is_empty()
     }
 
     /// Builds the free bitmap of a block.

@@ -62,10 +62,6 @@ impl<V> Sieve<V> {
         Some(value)
     }
 
-    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = (u64, &mut V)> {
-        self.slots.iter_mut().flatten().map(|(key, value)| (*key, value))
-    }
-
     /// Moves the hand until `judge` lets a value go, at most [`STEPS_MAX`] values far.
     pub(crate) fn evict(&mut self, mut judge: impl FnMut(&mut V) -> Verdict) -> Option<V> {
         for _ in 0..STEPS_MAX.min(self.slots.len()) {

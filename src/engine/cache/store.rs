@@ -13,12 +13,14 @@ use super::sieve::{Sieve, Verdict};
 use super::slice::{SliceBody, SliceState};
 use crate::engine::error::lock;
 
+#[derive(Debug)]
 enum Place {
     Loading(Arc<Event>),
     Live(Arc<SliceBody>),
 }
 
 /// See the module text.
+#[derive(Debug)]
 pub(crate) struct Store {
     places: Mutex<Sieve<Place>>,
     /// Most bodies that the budget allows.
@@ -121,10 +123,6 @@ impl Store {
         let list = std::mem::take(&mut *lock(&self.modified));
         self.modified_count.fetch_sub(list.len(), Ordering::Relaxed);
         list
-    }
-
-    pub(crate) fn has_modified(&self) -> bool {
-        self.modified_count.load(Ordering::Acquire) > 0
     }
 
     /// Modified bodies crowd the budget: write back before more are made.
