@@ -18,6 +18,8 @@ pub mod buffer;
 pub mod file;
 mod host;
 mod range_lock;
+#[cfg(test)]
+pub mod sim;
 
 use std::future::Future;
 use std::io;
