@@ -286,18 +286,31 @@ create_image() {
     esac
 }
 
-# start_server SOCKET IMAGE LOG QUEUES: sets `server_pid`; returns once the socket is there.
+# use_qblkd [release|debug]: sets QBLKD, unless it is set, to a binary that is built now.
+use_qblkd() {
+    [[ $SERVER == qblkd ]] || return 0
+    if [[ -z ${QBLKD-} ]]; then
+        local options=()
+        [[ $1 == debug ]] || options=(--release)
+        run cargo build --locked --manifest-path "$repo/Cargo.toml" "${options[@]}"
+        QBLKD=${CARGO_TARGET_DIR:-$repo/target}/$1/qblkd
+    fi
+    [[ -x $QBLKD ]] || die "no program $QBLKD"
+}
+
+# start_server SOCKET IMAGE LOG QUEUES [OPTION...]: sets `server_pid`; returns once the socket is
+# there. OPTIONs are the server's own.
 start_server() {
     case $SERVER in
     qblkd)
-        start "$QBLKD" --socket-path "$1" --blk-file "$2" --num-queues "$4" >"$3" 2>&1
+        start "$QBLKD" --socket-path "$1" --blk-file "$2" --num-queues "$4" "${@:5}" >"$3" 2>&1
         ;;
     qemu-storage-daemon)
         start qemu-storage-daemon \
             --blockdev "driver=file,node-name=file,filename=$2,discard=unmap" \
             --blockdev driver=qcow2,node-name=disk,file=file,discard=unmap \
             --export "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=$1,num-queues=$4,writable=on" \
-            >"$3" 2>&1
+            "${@:5}" >"$3" 2>&1
         ;;
     *) die "SERVER must be qblkd or qemu-storage-daemon, not '$SERVER'" ;;
     esac

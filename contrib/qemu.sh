@@ -65,7 +65,7 @@ start timeout -k 5 "$limit" qemu-system-x86_64 \
 qemu_pid=$started_pid
 
 show_console() {
-    tail -n +1 -s 0.2 -f --pid="$qemu_pid" "$console" | sed -u -n -e 's/\r//g' -e '/GUEST-BOOT/,$p'
+    tail -n +1 -s 0.2 -f --pid="$qemu_pid" "$console" | sed -u -n -e 's/\r//g' -e '/^GUEST-BOOT/,/^GUEST-EXIT/ { s/^GUEST-BOOT/guest:/; /^GUEST-EXIT/d; s/^/    /; p }'
 }
 start show_console
 console_pid=$started_pid
