@@ -24,11 +24,12 @@ uptime_seconds() {
     echo "${up%.*}"
 }
 
-started_at=$(uptime_seconds)
+# Shared with the scripts that a script runs, so that all show the same clock.
+export QBLKD_STARTED_AT=${QBLKD_STARTED_AT:-$(uptime_seconds)}
 
 # step TEXT...: the header of one step.
 step() {
-    printf '\n==> [%3d s] %s\n' "$(($(uptime_seconds) - started_at))" "$*"
+    printf '\n==> [%3d s] %s\n' "$(($(uptime_seconds) - QBLKD_STARTED_AT))" "$*"
 }
 
 say() { printf '    %s\n' "$*"; }
@@ -332,18 +333,23 @@ wait_for_socket() {
     return 1
 }
 
-# stop_server LOG: SIGTERM; it must end within a minute, with status 0.
+# stop_server LOG: SIGTERM, then like wait_for_server.
 stop_server() {
-    local status=0 tries
     kill -TERM "$server_pid" 2>/dev/null || true
+    wait_for_server "$1"
+}
+
+# wait_for_server LOG: it must end within a minute, with status 0.
+wait_for_server() {
+    local status=0 tries
     for ((tries = 0; tries < 600; tries++)); do
         kill -0 "$server_pid" 2>/dev/null || break
         sleep 0.1
     done
-    [[ $tries -lt 600 ]] || die "$SERVER did not end within 60 s after SIGTERM"
+    [[ $tries -lt 600 ]] || die "$SERVER did not end within 60 s after it was told to"
     wait "$server_pid" || status=$?
     [[ $status == 0 ]] || {
         sed 's/^/    /' "$1" >&2
-        die "$SERVER exited with status $status after SIGTERM"
+        die "$SERVER ended with status $status"
     }
 }
