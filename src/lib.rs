@@ -1,1 +1,9 @@
+//! `qblkd` serves one virtual disk from a qcow2 image over vhost-user.
+//!
+//! The folders are layers and depend on each other one way only; `docs/architecture.md` is the map.
+//!
+//! * [`units`]: offsets, clusters and counts as distinct types.
+//! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 
+pub mod format;
+pub mod units;
