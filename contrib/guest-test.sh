@@ -22,7 +22,7 @@ use_qblkd release
 create_image "$image" 1G
 start_server "$socket" "$image" "$log" 2
 status=0
-SERVER_PID=$server_pid CONSOLE=$console run "$contrib/qemu.sh" "$socket" "$contrib/fio/verify.sh" 2 || status=$?
+LIMIT=${LIMIT:-600} SERVER_PID=$server_pid CONSOLE=$console run "$contrib/qemu.sh" "$socket" "$contrib/fio/verify.sh" 2 || status=$?
 if [[ $status != 0 ]]; then
     say "the log of $SERVER:"
     tail -n 50 "$log" | sed 's/^/    /'

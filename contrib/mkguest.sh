@@ -6,7 +6,7 @@
 # nothing on the host. The packages are resolved against an empty system, so the guest does not
 # depend on what the host has.
 #
-# DIRECTORY is contrib/guest by default. It is built once; a second run finds it complete and returns
+# DIRECTORY is $GUEST, or contrib/guest, by default. It is built once; a second run finds it complete and returns
 # at once. `complete` is written last and holds a digest of the recipe (this file and its variables):
 # an interrupted or outdated guest is built again. Runs in parallel wait for each other.
 #
@@ -15,7 +15,7 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-out=$(realpath -m -- "${1:-$contrib/guest}")
+out=$(realpath -m -- "${1:-${GUEST:-$contrib/guest}}")
 
 # COMMAND:PACKAGE
 tools=(
@@ -56,6 +56,8 @@ if is_complete; then
     exit 0
 fi
 
+# What a killed run has left; the lock is ours.
+rm -rf -- "$out"/.build.*
 work=$(mktemp -d "$out/.build.XXXXXX")
 on_exit 'rm -rf -- "$work"'
 log=$work/log

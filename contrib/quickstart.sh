@@ -33,7 +33,7 @@ say "process $server_pid serves $image on $socket"
 step "Guest: QEMU boots Linux on it; fio writes with checksums and reads everything back"
 say "booting (QEMU emulates the CPU: the speed below is that of the emulation)"
 status=0
-SERVER_PID=$server_pid run "$contrib/qemu.sh" "$socket" "$contrib/fio/quickstart.sh" 2 || status=$?
+LIMIT=${LIMIT:-600} SERVER_PID=$server_pid run "$contrib/qemu.sh" "$socket" "$contrib/fio/quickstart.sh" 2 || status=$?
 if [[ $status != 0 ]]; then
     say "the log of $SERVER:"
     tail -n 50 "$log" | sed 's/^/    /'

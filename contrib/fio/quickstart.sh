@@ -2,6 +2,7 @@
 # contrib/fio/quickstart.sh - the guest half of contrib/quickstart.sh: does the disk keep what it is
 # given? Checksummed random I/O on two queues, then a file system, written and checked.
 
+# shellcheck source=guest-lib.sh
 . /fio/guest-lib.sh
 
 lsblk -d -o NAME,SIZE,TYPE,DISC-MAX,RO "$DISK"

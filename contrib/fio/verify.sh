@@ -3,6 +3,7 @@
 # queues, discard and write-zeroes, and a file system that lives through fill, trim and unmount.
 # Needs a disk of 1 GiB or more; all that is on it is lost.
 
+# shellcheck source=guest-lib.sh
 . /fio/guest-lib.sh
 
 # file_sums FILE: a checksum of every file below /mnt.
