@@ -283,7 +283,8 @@ def header(ours, theirs):
 
 def line(result, ours, theirs):
     if result.problem:
-        return f"{result.row.name:34} FAILED {" ".join(result.problem.split())[:200]}"
+        problem = " ".join(result.problem.split())
+        return f"{result.row.name:34} FAILED {problem[:200]}"
     large = result.row.block in ("64k", "1M")
     what, unit, scale = ("mb_s", "MB/s", 1) if large else ("iops", "kIOPS", 1000)
     ratios = result.ratios(ours, theirs, what)

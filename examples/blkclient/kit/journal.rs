@@ -281,8 +281,8 @@ impl Permitted {
 
 #[cfg(test)]
 mod tests {
+    use super::super::model::fill_range;
     use super::*;
-    use crate::kit::model::fill_range;
 
     const KEY: u64 = 0x51;
 
