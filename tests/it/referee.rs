@@ -24,8 +24,9 @@ use tempfile::TempDir;
 const CHECK_CLEAN: i32 = 0;
 const CHECK_LEAKS: i32 = 3;
 
-/// How long a refusal may take.
+/// How long a refusal may take, and how long one is waited for.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
+const REFUSAL_WAIT: Duration = Duration::from_secs(10);
 /// A request that runs into damage gets this status (VIRTIO_BLK_S_IOERR).
 const STATUS_IOERR: u8 = 1;
 /// Enough for one run of chaos on a loaded machine.
@@ -82,10 +83,10 @@ fn refuse(image: &Image, more: &[&str]) -> Result<(), Failure> {
         .arg(&socket)
         .args(&copy.arguments)
         .args(more);
-    let mut refused = run_command(&mut command, LIMIT)?;
+    let mut refused = run_command(&mut command, REFUSAL_WAIT)?;
     if refused.elapsed >= REFUSAL_LIMIT {
         // A slow machine is slow once; a slow refusal is slow again.
-        refused = run_command(&mut command, LIMIT)?;
+        refused = run_command(&mut command, REFUSAL_WAIT)?;
     }
     let (code, stderr) = (refused.code()?, &refused.stderr);
     ensure(code != 0, || "was opened".into())?;
