@@ -1,1 +1,13 @@
+//! `qblkd` serves one virtual disk from a qcow2 image over vhost-user.
+//!
+//! The folders are layers and depend on each other one way only; `docs/architecture.md` is the map.
+//!
+//! * [`units`]: offsets, clusters and counts as distinct types.
+//! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
+//! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
 
+pub mod engine;
+pub mod format;
+pub mod storage;
+pub mod units;
