@@ -286,21 +286,31 @@ mod tests {
         (dir, path)
     }
 
-    /// True if QEMU's tools are here; says so loudly if not.
-    fn have_qemu() -> bool {
-        let found = Command::new("qemu-io").arg("--version").output().is_ok();
-        if !found {
-            let text = "SKIPPED: qemu-io is not installed, so the lock protocol is not compared";
+    /// A qcow2 image made by QEMU (it locks raw images less strictly), or `None`, said loudly, if
+    /// its tools are missing.
+    fn qemu_image() -> Option<(TempDir, PathBuf)> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image.qcow2");
+        let mut qemu_img = Command::new("qemu-img");
+        let Ok(output) = qemu_img
+            .args(["create", "-f", "qcow2"])
+            .arg(&path)
+            .arg("1M")
+            .output()
+        else {
+            let text = "SKIPPED: qemu-img is not installed, so the lock protocol is not compared";
             writeln!(io::stderr(), "{text}").unwrap();
-        }
-        found
+            return None;
+        };
+        assert!(output.status.success());
+        Some((dir, path))
     }
 
     fn qemu_io(path: &Path, read_only: bool, command: &str) -> Output {
         let mut qemu_io = Command::new("qemu-io");
         qemu_io
             .args(read_only.then_some("-r"))
-            .args(["-f", "raw", "-c", command])
+            .args(["-f", "qcow2", "-c", command])
             .arg(path);
         qemu_io.output().unwrap()
     }
@@ -313,7 +323,7 @@ mod tests {
             let mut command = Command::new("qemu-io");
             command
                 .args(read_only.then_some("-r"))
-                .args(["-f", "raw"])
+                .args(["-f", "qcow2"])
                 .arg(path);
             let child = command
                 .stdin(Stdio::piped())
@@ -413,10 +423,9 @@ mod tests {
 
     #[test]
     fn qemu_is_kept_off_our_images() {
-        if !have_qemu() {
+        let Some((_dir, path)) = qemu_image() else {
             return;
-        }
-        let (_dir, path) = image();
+        };
         let refusal = |read_only| {
             let output = qemu_io(&path, read_only, "read 0 512");
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -434,10 +443,9 @@ mod tests {
 
     #[test]
     fn we_are_kept_off_images_of_qemu() {
-        if !have_qemu() {
+        let Some((_dir, path)) = qemu_image() else {
             return;
-        }
-        let (_dir, path) = image();
+        };
         let writer = Holder::new(&path, false);
         assert!(matches!(
             take(&path, LockKind::Writer),

@@ -880,7 +880,10 @@ impl RingOp {
 
 impl Core {
     /// Starts a slow operation; gives the request back if there is no room.
-    #[expect(clippy::result_large_err, reason = "who cannot pass a request on gives it back")]
+    #[expect(
+        clippy::result_large_err,
+        reason = "who cannot pass a request on gives it back"
+    )]
     fn start(&mut self, request: Request) -> Result<usize, Request> {
         let Ok(index) = self.take_slot(Sort::Slow) else {
             return Err(request);
