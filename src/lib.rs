@@ -1,1 +1,3 @@
+//! qblkd: a vhost-user-blk server for qcow2 images.
 
+pub mod control;
