@@ -1,5 +1,18 @@
-//! qblkd: a vhost-user-blk server for qcow2 images.
+//! `qblkd` serves one virtual disk from a qcow2 image over vhost-user.
+//!
+//! The folders are layers and depend on each other one way only; `docs/architecture.md` is the map.
+//!
+//! * [`units`]: offsets, clusters and counts as distinct types.
+//! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
+//! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
+//! * [`control`]: the QMP socket: wire, commands, events.
+//! * [`args`], [`config`]: the command line as typed, and as used.
 
 pub mod args;
 pub mod config;
 pub mod control;
+pub mod engine;
+pub mod format;
+pub mod storage;
+pub mod units;
