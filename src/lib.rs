@@ -6,4 +6,5 @@
 //! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 
 pub mod format;
+pub mod storage;
 pub mod units;
