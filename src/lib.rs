@@ -5,6 +5,7 @@
 //! * [`units`]: offsets, clusters and counts as distinct types.
 //! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 
+pub mod engine;
 pub mod format;
 pub mod storage;
 pub mod units;

@@ -1,0 +1,7 @@
+//! qcow2 semantics over [`Storage`](crate::storage::Storage).
+
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod error;
+mod source;
