@@ -79,7 +79,7 @@ fn ours(report: &Report) -> [u64; 7] {
 fn make_image(dir: &Path, options: &str) -> PathBuf {
     let (path, raw) = (dir.join("image.qcow2"), dir.join("raw"));
     let (image, source) = (path.display(), raw.display());
-    let snapshot = !options.contains("refcount_bits=1,");
+    let snapshot = !["bits=1,", "bits=2,", "bits=4"].iter().any(|narrow| options.contains(narrow));
     must(&format!("head -c 300000 /bin/sh | base64 > {source}; truncate -s 4M {source}"));
     must(&format!("qemu-img convert -c -f raw -O qcow2 -o {options} {source} {image}"));
     must(&format!(
