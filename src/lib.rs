@@ -6,8 +6,8 @@
 //! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 //! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
 //! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
-//! * [`control`]: the QMP socket: wire, commands, events.
-//! * [`args`], [`config`]: the command line as typed, and as used.
+//! * [`control`]: the control socket, which speaks QMP.
+//! * [`args`], [`config`]: the command line as typed and as used.
 
 pub mod args;
 pub mod config;

@@ -15,6 +15,7 @@
 mod active;
 mod allocator;
 mod cache;
+pub mod check;
 mod compress;
 mod discard;
 mod error;
@@ -26,6 +27,7 @@ mod order;
 mod pin;
 mod protected;
 mod read;
+mod source;
 mod table;
 mod taken;
 mod worker;
