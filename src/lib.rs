@@ -3,7 +3,7 @@
 //! The folders are layers and depend on each other one way only; `docs/architecture.md` is the map.
 //!
 //! * [`units`]: offsets, clusters and counts as distinct types.
-//! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 //! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
 //! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
 //! * [`control`]: the QMP socket: wire, commands, events.

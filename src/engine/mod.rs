@@ -31,6 +31,9 @@ mod taken;
 mod worker;
 mod write;
 
+#[cfg(test)]
+mod tests;
+
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
