@@ -73,6 +73,9 @@ struct Bench {
     /// Bytes of one request; suffixes k, M, G
     #[arg(long, default_value = "4k", value_parser = parse_size)]
     bs: u64,
+    /// Distance of two blocks [default: a block]
+    #[arg(long, value_parser = parse_size)]
+    stride: Option<u64>,
     /// Reads among 100 requests of randrw
     #[arg(long, default_value_t = 70)]
     read_percent: u32,
@@ -239,6 +242,7 @@ fn run_bench(args: &Bench) -> Result<Value, Error> {
         pattern: args.rw,
         read_percent: args.read_percent,
         block_bytes,
+        stride_bytes: args.stride.unwrap_or(args.bs),
         region: args.offset..end,
         threads: args.threads,
         poll: args.poll,

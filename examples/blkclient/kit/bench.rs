@@ -46,6 +46,8 @@ pub(crate) struct Options {
     /// Reads among 100 requests of `randrw`.
     pub(crate) read_percent: u32,
     pub(crate) block_bytes: usize,
+    /// Distance of the places where blocks are; more than a block leaves gaps.
+    pub(crate) stride_bytes: u64,
     /// Bytes of the disk that are used.
     pub(crate) region: Range<u64>,
     pub(crate) threads: usize,
@@ -78,7 +80,7 @@ enum Order {
 
 /// Picks the offsets of one queue.
 struct Cursor {
-    /// In units of blocks.
+    /// In units of strides.
     blocks: Range<u64>,
     next: u64,
     order: Order,
@@ -273,17 +275,21 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
 /// The blocks of the region that the disk has.
 fn block_range(options: &Options, disk: &Disk) -> Result<Range<u64>, Error> {
     let capacity_bytes = disk.geometry.capacity_sectors * SECTOR_BYTES as u64;
-    let block_bytes = options.block_bytes as u64;
-    if block_bytes == 0 || !options.block_bytes.is_multiple_of(SECTOR_BYTES) {
+    let stride_bytes = options.stride_bytes;
+    let is_whole = |bytes: u64| bytes > 0 && bytes.is_multiple_of(SECTOR_BYTES as u64);
+    if !is_whole(options.block_bytes as u64) || !is_whole(stride_bytes) {
         return Err(Error::Usage(
-            "a block is a multiple of 512 bytes".to_owned(),
+            "block and stride are multiples of 512 bytes".to_owned(),
         ));
     }
-    let blocks = options.region.start.div_ceil(block_bytes)
-        ..options.region.end.min(capacity_bytes) / block_bytes;
+    if stride_bytes < options.block_bytes as u64 {
+        return Err(Error::Usage("the stride is less than a block".to_owned()));
+    }
+    let blocks = options.region.start.div_ceil(stride_bytes)
+        ..options.region.end.min(capacity_bytes) / stride_bytes;
     if blocks.is_empty() {
         return Err(Error::Usage(format!(
-            "no block of {block_bytes} bytes in the region"
+            "no block of {stride_bytes} bytes in the region"
         )));
     }
     Ok(blocks)
@@ -504,7 +510,7 @@ impl<'a> Worker<'a> {
         };
         self.requests_left -= 1;
         let block_bytes = self.options.block_bytes;
-        let sector = block * (block_bytes / SECTOR_BYTES) as u64;
+        let sector = block * (self.options.stride_bytes / SECTOR_BYTES as u64);
         self.queues[queue_index].submit(slot, kind, sector, &[block_bytes])?;
         self.slots[queue_index][slot] = SlotState {
             kind,
@@ -541,6 +547,7 @@ fn report(
     let mut value = json!({
         "pattern": format!("{:?}", options.pattern).to_lowercase(),
         "bs": options.block_bytes,
+        "stride": options.stride_bytes,
         "iodepth": options.connect.slots,
         "queues": options.connect.queues,
         "poll": options.poll,
@@ -563,4 +570,36 @@ fn report(
         value["server_cpu_cores"] = json!(cpu.as_secs_f64() / seconds);
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all_of(mut cursor: Cursor) -> Vec<u64> {
+        std::iter::from_fn(|| cursor.next()).collect()
+    }
+
+    #[test]
+    fn alloc_write_visits_each_block_once_in_another_order() {
+        let blocks = all_of(Cursor::new(Pattern::AllocWrite, 10..1010, 7));
+        let mut sorted = blocks.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (10..1010).collect::<Vec<_>>());
+        assert_ne!(blocks, sorted);
+    }
+
+    #[test]
+    fn alloc_write_of_one_block_ends() {
+        assert_eq!(all_of(Cursor::new(Pattern::AllocWrite, 5..6, 1)), [5]);
+    }
+
+    #[test]
+    fn sequential_reads_start_again_at_the_end() {
+        let mut cursor = Cursor::new(Pattern::Read, 3..5, 1);
+        assert_eq!(
+            [(); 4].map(|()| cursor.next()),
+            [Some(3), Some(4), Some(3), Some(4)]
+        );
+    }
 }

@@ -158,6 +158,13 @@ pub(crate) fn run(options: &Options) -> Result<Report, Error> {
         return Err(Error::Usage("the region is empty".to_owned()));
     }
     let model = initial_model(options, &disk, &mut queues[0], region_sectors)?;
+    if options.state_out.is_some()
+        && options.base.is_none()
+        && model.states().contains(&model::State::FOREIGN)
+    {
+        let what = "a state file of a disk that is not empty needs a base file";
+        return Err(Error::Usage(what.to_owned()));
+    }
     let journal = options.state_out.as_ref().map(|_| Journal::new(&model));
     let mut chaos = Chaos {
         options,

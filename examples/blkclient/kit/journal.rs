@@ -278,3 +278,119 @@ impl Permitted {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::fill_range;
+    use super::*;
+
+    const KEY: u64 = 0x51;
+
+    fn permitted(journal: Journal) -> Permitted {
+        let model = Model::restored(KEY, journal.durable, None, 100);
+        Permitted {
+            model,
+            base: None,
+            changes: journal.changes,
+        }
+    }
+
+    fn content(sector: u64, version: u32) -> Vec<u8> {
+        let mut bytes = vec![0; SECTOR_BYTES];
+        fill_range(KEY, sector, version, &mut bytes);
+        bytes
+    }
+
+    /// Sector 1: version 5 flushed; then 6 completed while the flush ran, 7 never completed.
+    fn three_writes_one_flush() -> Journal {
+        let mut journal = Journal::new(&Model::zeroed(KEY, 4));
+        let first = journal.submit(1..2, Effect::Write(5));
+        journal.complete(first);
+        let mark = journal.flush_mark();
+        let second = journal.submit(1..2, Effect::Write(6));
+        journal.complete(second);
+        journal.flushed(mark);
+        journal.submit(1..2, Effect::Write(7));
+        journal
+    }
+
+    #[test]
+    fn flushed_and_later_contents_are_permitted() {
+        for version in [5, 6, 7] {
+            let mut permitted = permitted(three_writes_one_flush());
+            permitted.check(1, &content(1, version)).unwrap();
+        }
+    }
+
+    #[test]
+    fn content_older_than_the_flush_is_a_miscompare() {
+        let mut permitted = permitted(three_writes_one_flush());
+        let zeroes = [0; SECTOR_BYTES];
+        assert!(matches!(
+            permitted.check(1, &zeroes),
+            Err(Error::Miscompare { sector: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn a_torn_sector_is_a_miscompare() {
+        let mut torn = content(1, 5);
+        torn[256..].copy_from_slice(&content(1, 6)[256..]);
+        let outcome = permitted(three_writes_one_flush()).check(1, &torn);
+        assert!(
+            outcome
+                .unwrap_err()
+                .to_string()
+                .contains("torn at byte 256")
+        );
+    }
+
+    #[test]
+    fn the_bytes_of_another_sector_are_a_miscompare() {
+        let outcome = permitted(three_writes_one_flush()).check(1, &content(2, 5));
+        assert!(
+            outcome
+                .unwrap_err()
+                .to_string()
+                .contains("version 5 of sector 2")
+        );
+    }
+
+    #[test]
+    fn what_was_seen_after_a_kill_is_pinned() {
+        let mut permitted = permitted(three_writes_one_flush());
+        permitted.check(1, &content(1, 6)).unwrap();
+        assert_eq!(permitted.model.states()[1], State::version(6));
+    }
+
+    #[test]
+    fn a_write_in_flight_when_the_flush_was_submitted_is_not_durable() {
+        let mut journal = Journal::new(&Model::zeroed(KEY, 4));
+        let write = journal.submit(0..1, Effect::Write(5));
+        let mark = journal.flush_mark();
+        journal.complete(write);
+        journal.flushed(mark);
+        permitted(journal).check(0, &[0; SECTOR_BYTES]).unwrap();
+    }
+
+    #[test]
+    fn a_discard_zeroes_the_whole_clusters_and_leaves_the_edges_open() {
+        let segment = Segment {
+            sector: 7,
+            sectors: 18,
+            unmap: false,
+        };
+        let effect = Effect::discard(&segment, 8);
+        assert_eq!(
+            effect,
+            Effect::Discard {
+                zero_from: 8,
+                zero_to: 24
+            }
+        );
+        let before = State::version(9);
+        assert_eq!(effect.apply(7, before), before.or_zero());
+        assert_eq!(effect.apply(8, before), State::ZERO);
+        assert_eq!(effect.apply(24, before), before.or_zero());
+    }
+}

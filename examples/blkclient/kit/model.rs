@@ -117,7 +117,10 @@ fn describe(key: u64, found: &[u8]) -> String {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        return format!("unknown bytes ({} ...)", hex.join(" "));
+        return format!(
+            "bytes not of this run ({}; as a label: version {version} of sector {sector})",
+            hex.join(" ")
+        );
     }
     match whole
         .iter()
