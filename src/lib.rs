@@ -6,12 +6,14 @@
 //! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 //! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
 //! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
+//! * [`device`]: virtio-blk over vhost-user on an engine image.
 //! * [`control`]: the control socket, which speaks QMP.
 //! * [`args`], [`config`]: the command line as typed and as used.
 
 pub mod args;
 pub mod config;
 pub mod control;
+pub mod device;
 pub mod engine;
 pub mod format;
 pub mod storage;

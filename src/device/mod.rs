@@ -1,0 +1,297 @@
+//! virtio-blk over vhost-user, on an engine image.
+//!
+//! [`Server`] is the face for the daemon. Inside: `front_door` accepts front-ends and relays them to
+//! the framework; `backend` and `vring` are what the framework sees; `worker` threads serve the
+//! rings (`queue`), parse requests (`request`) over guest memory (`guest_buf`, `bitmap`) and run the
+//! engine's asynchronous path on an `executor`. `config_space` is what the device says about itself.
+//!
+//! Knows virtio and vhost-user, nothing of qcow2.
+//!
+//! Threads: workers live as long as the server; the serving thread and, for each connection, the
+//! framework's two. The thread that owns the server never waits, except in [`Server::join`].
+
+mod backend;
+mod bitmap;
+mod config_space;
+mod error;
+mod executor;
+mod front_door;
+mod guest_buf;
+mod queue;
+mod request;
+mod stats;
+mod vring;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use log::error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::backend::Backend;
+use self::config_space::{ConfigSpace, Geometry};
+use self::front_door::PrivateListener;
+use self::request::{SECTOR_SIZE, SERIAL_SIZE};
+use self::worker::{WorkerHandle, WorkerParts};
+use crate::engine::Image;
+use crate::storage::HostFile;
+
+pub use self::error::DeviceError;
+pub use self::front_door::FrontEnd;
+pub use self::stats::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, WorkerSnapshot};
+
+/// The most virtqueues: the framework keeps them in a 64-bit mask.
+pub const QUEUES_MAX: u16 = 64;
+/// The largest ring (VIRTIO: 32768).
+pub const QUEUE_SIZE_MAX: u16 = 32768;
+/// The longest serial that GET_ID can return.
+pub const SERIAL_MAX: usize = SERIAL_SIZE;
+
+/// How a device is offered.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    /// Virtqueues on offer, at most [`QUEUES_MAX`].
+    pub queue_count: u16,
+    /// Largest ring that is accepted: a power of two.
+    pub queue_size_max: u16,
+    /// Worker threads; no more are started than there are queues.
+    pub threads: usize,
+    /// Longest time a worker polls before it sleeps; zero: never.
+    pub poll_max: Duration,
+    /// Logical block size in bytes: a power of two from 512 to 65536.
+    pub block_size: u32,
+    /// The string that GET_ID returns, at most [`SERIAL_MAX`] bytes.
+    pub serial: String,
+    /// Whether the write cache is on at start (the driver can change it).
+    pub writeback: bool,
+}
+
+impl Default for DeviceConfig {
+    fn default() -> Self {
+        Self {
+            queue_count: 16,
+            queue_size_max: 1024,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            poll_max: Duration::from_micros(32),
+            block_size: 512,
+            serial: String::new(),
+            writeback: true,
+        }
+    }
+}
+
+impl DeviceConfig {
+    fn check(&self) -> Result<(), DeviceError> {
+        let bad = |option, value: u64, allowed| {
+            Err(DeviceError::BadOption {
+                option,
+                value,
+                allowed,
+            })
+        };
+        if !(1..=QUEUES_MAX).contains(&self.queue_count) {
+            return bad("number of queues", self.queue_count.into(), "1 to 64");
+        }
+        if !self.queue_size_max.is_power_of_two() || self.queue_size_max > QUEUE_SIZE_MAX {
+            let value = self.queue_size_max.into();
+            return bad("queue size", value, "a power of two up to 32768");
+        }
+        if !self.block_size.is_power_of_two() || !(512..=65536).contains(&self.block_size) {
+            let value = self.block_size.into();
+            return bad("block size", value, "a power of two from 512 to 65536");
+        }
+        if self.serial.len() > SERIAL_MAX {
+            let value = self.serial.len() as u64;
+            return bad("length of the serial", value, "up to 20 bytes");
+        }
+        if self.threads == 0 {
+            return bad("number of threads", 0, "1 or more");
+        }
+        Ok(())
+    }
+
+    fn serial_bytes(&self) -> [u8; SERIAL_SIZE] {
+        let mut bytes = [0; SERIAL_SIZE];
+        for (to, from) in bytes.iter_mut().zip(self.serial.bytes()) {
+            *to = from;
+        }
+        bytes
+    }
+}
+
+/// Features in the words of the back-end conventions, for `--print-capabilities`.
+pub const CAPABILITIES: [&str; 2] = ["blk-file", "read-only"];
+
+/// A device with its worker threads, and at most one serving thread.
+pub struct Server {
+    config: DeviceConfig,
+    space: Arc<ConfigSpace>,
+    workers: Arc<[WorkerHandle]>,
+    threads: Vec<JoinHandle<()>>,
+    serving: Option<JoinHandle<()>>,
+    stop: Arc<EventFd>,
+    finished: Arc<EventFd>,
+}
+
+impl Server {
+    /// Starts the workers. `files` are the image's host files, in the order of their ids.
+    ///
+    /// # Errors
+    /// An option out of range, or a host without io_uring.
+    pub fn start(
+        image: Arc<Image>,
+        files: Vec<Arc<HostFile>>,
+        config: DeviceConfig,
+    ) -> Result<Self, DeviceError> {
+        config.check()?;
+        let geometry = Geometry {
+            sector_count: image.virtual_size() / SECTOR_SIZE,
+            block_size: config.block_size,
+            cluster_size: image.cluster_size(),
+            queue_count: config.queue_count,
+            read_only: image.is_read_only(),
+        };
+        let space = Arc::new(ConfigSpace::new(geometry, config.writeback));
+        let event = |flags| {
+            EventFd::new(flags)
+                .map(Arc::new)
+                .map_err(DeviceError::system("make an eventfd"))
+        };
+        let mut server = Self {
+            space: Arc::clone(&space),
+            workers: Arc::new([]),
+            threads: Vec::new(),
+            serving: None,
+            stop: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            finished: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            config,
+        };
+        let parts = WorkerParts {
+            image,
+            files,
+            config: space,
+            serial: server.config.serial_bytes(),
+            block_size: server.config.block_size,
+            poll_max: server.config.poll_max,
+            worker_count: server.config.threads.min(server.config.queue_count.into()),
+        };
+        // If one fails, dropping `server` ends those before it.
+        let mut workers = Vec::new();
+        for number in 0..parts.worker_count {
+            let finished = Arc::clone(&server.finished);
+            let (worker, thread) = worker::spawn(number, parts.clone(), move || signal(&finished))?;
+            workers.push(worker);
+            server.threads.push(thread);
+            server.workers = workers.clone().into();
+        }
+        Ok(server)
+    }
+
+    /// Serves front-ends on a thread of its own, until [`Server::stop`], or until the only one of a
+    /// connected socket has left.
+    ///
+    /// # Errors
+    /// No thread or no private socket could be made.
+    ///
+    /// # Panics
+    /// If called twice.
+    pub fn serve(&mut self, front_end: FrontEnd) -> Result<(), DeviceError> {
+        assert!(self.serving.is_none(), "a server serves one socket");
+        let mut private = PrivateListener::new()?;
+        let space = Arc::clone(&self.space);
+        let workers = Arc::clone(&self.workers);
+        let (queue_count, queue_size_max) = (self.config.queue_count, self.config.queue_size_max);
+        let stop = Arc::clone(&self.stop);
+        let finished = Arc::clone(&self.finished);
+        let thread = std::thread::Builder::new()
+            .name("front-door".to_owned())
+            .spawn(move || {
+                front_door::serve(front_end, &mut private, &stop, || {
+                    Backend::new(
+                        Arc::clone(&space),
+                        Arc::clone(&workers),
+                        queue_count,
+                        queue_size_max,
+                    )
+                });
+                signal(&finished);
+            })
+            .map_err(DeviceError::system("start the serving thread"))?;
+        self.serving = Some(thread);
+        Ok(())
+    }
+
+    /// Asks the serving thread to end: requests in flight finish, then the connection is closed.
+    /// Returns at once; [`Server::finished`] becomes readable when it is done.
+    pub fn stop(&self) {
+        signal(&self.stop);
+        if self.serving.is_none() {
+            signal(&self.finished);
+        }
+    }
+
+    /// Readable when serving has ended: stopped, or the front-end of a connected socket has left, or
+    /// a worker has died.
+    #[must_use]
+    pub fn finished(&self) -> &EventFd {
+        &self.finished
+    }
+
+    /// Counters of each worker.
+    #[must_use]
+    pub fn stats(&self) -> Vec<WorkerSnapshot> {
+        self.workers
+            .iter()
+            .map(|worker| worker.stats().snapshot())
+            .collect()
+    }
+
+    /// Ends serving and the workers, and waits for them. Nothing is in flight afterwards.
+    ///
+    /// # Errors
+    /// A worker had ended before it was told to.
+    pub fn join(mut self) -> Result<(), DeviceError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), DeviceError> {
+        let mut result = Ok(());
+        self.stop();
+        if let Some(serving) = self.serving.take()
+            && serving.join().is_err()
+        {
+            error!("the serving thread has panicked");
+        }
+        for (number, worker) in self.workers.iter().enumerate() {
+            if worker.is_gone() && !self.threads.is_empty() {
+                result = Err(DeviceError::WorkerGone { worker: number });
+            }
+            worker.exit();
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                error!("a worker thread has panicked");
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            error!("{error}");
+        }
+    }
+}
+
+fn signal(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        error!("cannot signal an event: {error}");
+    }
+}
