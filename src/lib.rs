@@ -5,7 +5,11 @@
 //! * [`units`]: offsets, clusters and counts as distinct types.
 //! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 
+pub mod args;
+pub mod config;
+pub mod control;
 pub mod engine;
 pub mod format;
 pub mod storage;
+pub mod tools;
 pub mod units;

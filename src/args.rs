@@ -1,0 +1,383 @@
+//! The command line as typed: clap definitions and help texts, nothing else.
+//!
+//! What is typed here is made sense of in [`crate::config`]: sizes, modes and everything that has a
+//! rule stay text or plain numbers until then, so that every refusal is worded in one place.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Serves a qcow2 or raw image as a virtio-blk disk over vhost-user
+#[derive(Debug, Parser)]
+#[command(
+    name = "qblkd",
+    version,
+    args_conflicts_with_subcommands = true,
+    max_term_width = 100,
+    after_help = "\
+Sizes are in bytes, or take a suffix: b (bytes), k, M, G, T, P, E (powers of 1024), as in 1.5G.
+
+Examples:
+  Serve an image, with a control socket:
+    qblkd --socket-path /run/disk.sock --blk-file disk.qcow2 --control /run/disk-control.sock
+  Use it from QEMU:
+    qemu-system-x86_64 \\
+      -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+      -chardev socket,id=disk,path=/run/disk.sock -device vhost-user-blk-pci,chardev=disk
+  Make an image, look at it, check it:
+    qblkd create disk.qcow2 20G
+    qblkd info disk.qcow2
+    qblkd check disk.qcow2
+
+Exit status: 0 on success, 1 on errors. `qblkd check` has more, see its help."
+)]
+pub struct Cli {
+    /// A tool instead of the server.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Without a subcommand, the options are those of `serve`.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve an image (the default; the word may be left out)
+    #[command(after_help = "Sizes and examples: see `qblkd --help`.")]
+    Serve(Box<ServeArgs>),
+    /// Create a qcow2 image, replacing the file if nobody uses it
+    Create(CreateArgs),
+    /// Describe an image
+    Info(InfoArgs),
+    /// Check a qcow2 image for errors, and repair it if asked to
+    Check(CheckArgs),
+}
+
+/// Options of `qblkd serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Listen for the front-end (the VMM) on a Unix socket at this path
+    ///
+    /// The socket appears once the image is open. A stale one is replaced, a live one refused.
+    #[arg(long, value_name = "PATH", help_heading = "Front-end")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this open socket instead of --socket-path; it may be listening or already connected
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Front-end",
+        allow_negative_numbers = true
+    )]
+    pub fd: Option<i32>,
+
+    /// Group of the socket file, by name or number [default: the process's]
+    #[arg(long, value_name = "GROUP", help_heading = "Front-end")]
+    pub socket_group: Option<String>,
+
+    /// Permissions of the socket file in octal, 0 to 777 [default: what the umask leaves]
+    #[arg(long, value_name = "MODE", help_heading = "Front-end")]
+    pub socket_mode: Option<String>,
+
+    /// Print what this back-end can do as JSON, and exit
+    #[arg(long, help_heading = "Front-end")]
+    pub print_capabilities: bool,
+
+    /// The image to serve: a regular file or a block device
+    #[arg(long, value_name = "FILE", help_heading = "Image")]
+    pub blk_file: Option<PathBuf>,
+
+    /// Serve a read-only disk; nothing is ever written to the image
+    #[arg(long, help_heading = "Image")]
+    pub read_only: bool,
+
+    /// Format of the image; it is never guessed
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        default_value = "qcow2",
+        help_heading = "Image"
+    )]
+    pub format: FormatArg,
+
+    /// How the host's page cache is used
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "writeback",
+        help_heading = "Image"
+    )]
+    pub cache: CacheArg,
+
+    /// Whether a discard by the guest gives space back to the host
+    ///
+    /// The guest is offered DISCARD and WRITE_ZEROES either way, unless the disk is read-only.
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "unmap",
+        help_heading = "Image"
+    )]
+    pub discard: DiscardArg,
+
+    /// Whether to take the image locks that QEMU's tools respect
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "auto",
+        help_heading = "Image"
+    )]
+    pub locking: LockingArg,
+
+    /// Another directory that backing files may be in, besides the image's own (repeatable)
+    #[arg(long, value_name = "DIR", help_heading = "Image")]
+    pub backing_dir: Vec<PathBuf>,
+
+    /// Memory for cached L2 tables; too little is rounded up
+    /// [default: enough for the whole disk, up to a cap]
+    #[arg(long, value_name = "SIZE", help_heading = "Image")]
+    pub l2_cache_size: Option<String>,
+
+    /// Bytes of an L2 table per cache entry: a power of two from 512 to the cluster size
+    /// [default: 4k, or the cluster size if that is smaller]
+    #[arg(long, value_name = "SIZE", help_heading = "Image")]
+    pub l2_cache_entry_size: Option<String>,
+
+    /// Memory for cached refcount blocks; too little is rounded up [default: set by the image]
+    #[arg(long, value_name = "SIZE", help_heading = "Image")]
+    pub refcount_cache_size: Option<String>,
+
+    /// Logical block size that the guest sees: a power of two from 512 to 2M
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "512",
+        help_heading = "Disk"
+    )]
+    pub block_size: String,
+
+    /// Serial number that the guest sees: up to 20 printable ASCII characters [default: none]
+    #[arg(long, value_name = "TEXT", help_heading = "Disk")]
+    pub serial: Option<String>,
+
+    /// Name of the device and its node on the control socket: a letter, then letters, digits,
+    /// '-', '.' or '_', up to 31 in all
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "disk0",
+        help_heading = "Disk"
+    )]
+    pub id: String,
+
+    /// Virtqueues offered, 1 to 64; QEMU asks for one per vCPU and fails if there are fewer
+    #[arg(long, value_name = "N", default_value = "16", help_heading = "Disk")]
+    pub num_queues: u32,
+
+    /// The largest virtqueue accepted, in descriptors: a power of two from 2 to 32768
+    #[arg(long, value_name = "N", default_value = "1024", help_heading = "Disk")]
+    pub queue_size: u32,
+
+    /// Worker threads, 1 to 64; there are never more than virtqueues [default: CPUs available]
+    #[arg(long, value_name = "N", help_heading = "Server")]
+    pub threads: Option<u32>,
+
+    /// Longest time in microseconds, 0 to 10000, that a worker polls before it sleeps; it adapts
+    /// below that, and 0 never polls
+    #[arg(long, value_name = "US", default_value = "50", help_heading = "Server")]
+    pub poll_us: u32,
+
+    /// Listen for control clients (QMP) on a Unix socket at this path [default: none]
+    #[arg(long, value_name = "PATH", help_heading = "Server")]
+    pub control: Option<PathBuf>,
+
+    /// What to log to stderr: off, error, warn, info, debug or trace, also by module
+    ///
+    /// A comma-separated list of LEVEL and MODULE=LEVEL, for example
+    /// "info,qblkd::control=debug".
+    #[arg(
+        long,
+        value_name = "FILTER",
+        default_value = "info",
+        help_heading = "Server"
+    )]
+    pub log: String,
+}
+
+/// Options of `qblkd create`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  qblkd create disk.qcow2 20G
+  qblkd create disk.qcow2 2T --cluster-size 128k --preallocation metadata
+  qblkd create overlay.qcow2 --backing-file disk.qcow2 --backing-format qcow2")]
+pub struct CreateArgs {
+    /// The image to create; an existing file is overwritten, unless it is in use
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Size of the virtual disk, rounded up to 512 bytes [default: that of the backing file]
+    #[arg(value_name = "SIZE")]
+    pub size: Option<String>,
+
+    /// Allocation unit: a power of two from 512 to 2M
+    #[arg(long, value_name = "SIZE", default_value = "64k")]
+    pub cluster_size: String,
+
+    /// Width of a reference count: 1, 2, 4, 8, 16, 32 or 64
+    #[arg(long, value_name = "BITS", default_value = "16")]
+    pub refcount_bits: u32,
+
+    /// Let reference counts on disk lag behind; after a crash they are rebuilt
+    #[arg(long)]
+    pub lazy_refcounts: bool,
+
+    /// What to allocate now
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    pub preallocation: PreallocationArg,
+
+    /// Backing file, relative to the new image; it is where unwritten data are read from
+    #[arg(long, value_name = "FILE")]
+    pub backing_file: Option<PathBuf>,
+
+    /// Format of the backing file; it is never guessed
+    #[arg(long, value_name = "FORMAT")]
+    pub backing_format: Option<FormatArg>,
+
+    /// Version of the format: 0.10 (or v2) for very old readers, 1.1 (or v3) for all others
+    #[arg(long, value_name = "VERSION", default_value = "1.1")]
+    pub compat: CompatArg,
+}
+
+/// Options of `qblkd info`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  qblkd info disk.qcow2
+  qblkd info overlay.qcow2 --backing-chain --json")]
+pub struct InfoArgs {
+    /// The image to describe
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Print JSON in the form of `qemu-img info --output=json`
+    #[arg(long)]
+    pub json: bool,
+
+    /// Describe the backing files as well
+    #[arg(long)]
+    pub backing_chain: bool,
+
+    /// Another directory that backing files may be in, besides the image's own (repeatable)
+    #[arg(long, value_name = "DIR")]
+    pub backing_dir: Vec<PathBuf>,
+}
+
+/// Options of `qblkd check`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit status:
+   0  the image is consistent (after the repair, if one was asked for)
+   1  the check could not be done
+   2  the image is corrupt
+   3  the image has leaked clusters, and is not corrupt
+  63  the format has no checks
+
+Examples:
+  qblkd check disk.qcow2
+  qblkd check --repair leaks disk.qcow2")]
+pub struct CheckArgs {
+    /// The image to check
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Repair what is found: leaks loses no data; all may have to guess
+    #[arg(long, value_name = "WHAT")]
+    pub repair: Option<RepairArg>,
+
+    /// Print the result as JSON in the form of `qemu-img check --output=json`
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print errors only
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// `--format`, `--backing-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// QEMU's copy-on-write format
+    Qcow2,
+    /// The bytes of the disk, nothing else
+    Raw,
+}
+
+/// `--cache`: QEMU's words and meanings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheArg {
+    /// O_DIRECT; the guest flushes
+    None,
+    /// The host caches; the guest flushes
+    Writeback,
+    /// The host caches; every write is durable before it completes
+    Writethrough,
+    /// O_DIRECT; every write is durable before it completes
+    Directsync,
+    /// The host caches and flushes are ignored; a crash of the host loses the image
+    Unsafe,
+}
+
+/// `--discard`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiscardArg {
+    /// Space is given back
+    Unmap,
+    /// Discards do nothing
+    Ignore,
+}
+
+/// `--locking`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LockingArg {
+    /// Lock if the host can
+    Auto,
+    /// Lock, and fail if the host cannot
+    On,
+    /// Do not lock
+    Off,
+}
+
+/// `--preallocation`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PreallocationArg {
+    /// Nothing
+    Off,
+    /// All tables; the data stay a hole
+    Metadata,
+    /// All tables, and space for the data
+    Falloc,
+    /// All tables, and the data are written as zeroes
+    Full,
+}
+
+/// `--compat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompatArg {
+    /// Version 2
+    #[value(name = "0.10", alias = "v2")]
+    V2,
+    /// Version 3
+    #[value(name = "1.1", alias = "v3")]
+    V3,
+}
+
+/// `--repair`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RepairArg {
+    /// Leaked clusters only
+    Leaks,
+    /// Everything that can be repaired
+    All,
+}
