@@ -926,4 +926,70 @@ pub(super) mod tests {
         assert!(refusal(dir.path()).starts_with("it is a directory"));
         assert!(refusal(Path::new("/dev/null")).starts_with("it is a character device"));
     }
+
+    /// A loop device with blocks of 4096 bytes, gone with the value.
+    struct LoopDevice(PathBuf);
+
+    impl LoopDevice {
+        fn new(file: &Path) -> Option<LoopDevice> {
+            use std::io::Write;
+            let mut losetup = std::process::Command::new("losetup");
+            losetup
+                .args(["--find", "--show", "--sector-size", "4096"])
+                .arg(file);
+            match losetup.output() {
+                Ok(output) if output.status.success() => {
+                    let name = String::from_utf8(output.stdout).unwrap();
+                    Some(LoopDevice(PathBuf::from(name.trim())))
+                }
+                _ => {
+                    let text = "SKIPPED: no loop device can be made, block devices are not tested";
+                    writeln!(io::stderr(), "{text}").unwrap();
+                    None
+                }
+            }
+        }
+    }
+
+    impl Drop for LoopDevice {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("losetup")
+                .arg("-d")
+                .arg(&self.0)
+                .status();
+        }
+    }
+
+    #[test]
+    fn a_block_device_with_large_blocks_agrees_with_a_vec() {
+        let dir = &places()[0];
+        let Some(device) = LoopDevice::new(&file_of(dir, &pattern(98_304, 1))) else {
+            return;
+        };
+        let mut model = pattern(98_304, 1);
+        for direct in [false, true] {
+            let file = HostFile::open(
+                &device.0,
+                OpenMode {
+                    write: true,
+                    direct,
+                },
+            )
+            .unwrap();
+            assert_eq!(file.kind(), HostFileKind::BlockDevice);
+            assert_eq!(file.offset_align(), if direct { 4096 } else { 1 });
+            let storage = storage(file);
+            assert_eq!(storage.len(FileId(0)).unwrap(), 98_304);
+            assert!(!storage.can_grow(FileId(0)));
+            assert!(block_on(storage.set_len(FileId(0), 4096)).is_err());
+            block_on(agrees_with_a_vec(&storage, model, 1));
+            let (result, now) =
+                block_on(storage.read_buf(FileId(0), 0, AlignedBuf::zeroed(98_304)));
+            result.unwrap();
+            model = now.to_vec();
+            let past = SgList::from_buf(AlignedBuf::zeroed(4096));
+            let error = block_on(storage.write(FileId(0), 98_304, past)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! Host file I/O in bytes: the [`Storage`] contract and its implementations.
 //!
 //! Owns host files ([`HostFile`]), buffers that are lent to the kernel ([`AlignedBuf`], [`SgList`]),
-//! the two real implementations ([`BlockingStorage`] for opening and tools, `RingStorage` for
-//! serving), QEMU's image locks (`lock`) and, in tests only, the simulated disk (`sim`).
+//! the two real implementations ([`BlockingStorage`] for opening and tools, [`RingStorage`] for
+//! serving), QEMU's image locks ([`lock`]) and, in tests only, the simulated disk (`sim`).
 //! Knows nothing of qcow2: offsets here are host offsets in bytes and nothing else.
 //!
 //! Invariants every implementation keeps:
@@ -17,7 +17,11 @@
 pub mod buffer;
 pub mod file;
 mod host;
+pub mod lock;
 mod range_lock;
+pub mod ring;
+#[cfg(test)]
+pub mod sim;
 
 use std::future::Future;
 use std::io;
@@ -25,6 +29,7 @@ use std::io;
 pub use buffer::{AlignedBuf, SgList};
 pub use file::{Direction, HostFile, HostFileKind, OpenMode, block_on};
 pub use host::{BlockingStorage, HostStorage};
+pub use ring::{Ring, RingError, RingStorage};
 
 /// Index of a host file in the file table of a storage handle.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
