@@ -3,7 +3,7 @@
 //! The folders are layers and depend on each other one way only; `docs/architecture.md` is the map.
 //!
 //! * [`units`]: offsets, clusters and counts as distinct types.
-//! * [`format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 
 pub mod args;
 pub mod config;

@@ -297,3 +297,184 @@ impl<'a> Iterator for RawExtensions<'a> {
         item
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extensions() -> Vec<Extension> {
+        let name = |kind, bit, name: &str| FeatureName {
+            kind,
+            bit,
+            name: name.to_owned(),
+        };
+        vec![
+            Extension::BackingFormat(b"qcow2".to_vec()),
+            Extension::FeatureNames(vec![
+                name(feature_kind::INCOMPATIBLE, 0, "dirty bit"),
+                name(feature_kind::AUTOCLEAR, 63, &"x".repeat(46)),
+                name(77, 255, ""),
+            ]),
+            Extension::Bitmaps([3; 24]),
+            Extension::CryptoHeader([4; 16]),
+            Extension::DataFileName(b"data.raw".to_vec()),
+            Extension::Unknown {
+                magic: 0x1234_5678,
+                data: Vec::new(),
+            },
+            Extension::Unknown {
+                magic: 0x8765_4321,
+                data: vec![9; 7],
+            },
+        ]
+    }
+
+    fn area(extensions: &[Extension]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for extension in extensions {
+            extension.encode_into(&mut out);
+        }
+        out
+    }
+
+    /// Decodes an area of `room` bytes of which `bytes` are there.
+    fn decode(bytes: &[u8], room: usize) -> Result<Vec<Extension>, FormatError> {
+        RawExtensions::new(bytes, 0, to_u64(room))
+            .map(|item| item.and_then(|(magic, data)| Extension::decode(magic, data)))
+            .collect()
+    }
+
+    #[test]
+    fn area_survives_a_round_trip() {
+        let bytes = area(&extensions());
+        assert_eq!(bytes.len() % 8, 0);
+        assert_eq!(decode(&bytes, bytes.len()), Ok(extensions()));
+    }
+
+    #[test]
+    fn area_ends_at_the_marker_or_where_no_head_fits() {
+        let mut bytes = area(&extensions());
+        let length = bytes.len();
+        bytes.extend_from_slice(&[0; 8]);
+        bytes.extend_from_slice(&[0xff; 64]);
+        assert_eq!(decode(&bytes, bytes.len()), Ok(extensions()));
+        assert_eq!(decode(&bytes, length), Ok(extensions()));
+        assert_eq!(decode(&[0xff; 7], 7), Ok(Vec::new()));
+        assert!(decode(&[0xff; 8], 8).is_err());
+    }
+
+    #[test]
+    fn every_truncation_of_an_area_is_an_error() {
+        let mut bytes = area(&extensions());
+        bytes.extend_from_slice(&[0; 8]);
+        for length in 0..bytes.len() {
+            let result = decode(&bytes[..length], bytes.len());
+            assert!(
+                matches!(result, Err(FormatError::Truncated { .. })),
+                "{length}: {result:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn length_past_the_area_is_refused_for_the_marker_too() {
+        for magic in [MAGIC_END, MAGIC_BACKING_FORMAT, 1] {
+            let mut bytes = magic.to_be_bytes().to_vec();
+            bytes.extend_from_slice(&9_u32.to_be_bytes());
+            bytes.extend_from_slice(&[0; 8]);
+            assert_eq!(
+                decode(&bytes, 16),
+                Err(FormatError::ExtensionTooLong {
+                    magic,
+                    offset: 0,
+                    length: 9,
+                    room: 8
+                })
+            );
+            bytes[7] = 8;
+            assert!(decode(&bytes, 16).is_ok());
+        }
+    }
+
+    #[test]
+    fn lengths_that_the_specification_fixes_are_checked() {
+        for (magic, name, expected) in [
+            (MAGIC_BITMAPS, "bitmaps", 24),
+            (MAGIC_CRYPTO_HEADER, "encryption", 16),
+        ] {
+            for found in [0, expected - 1, expected + 1] {
+                assert_eq!(
+                    Extension::decode(magic, &vec![0; to_usize(found)]),
+                    Err(FormatError::ExtensionLength {
+                        name,
+                        found,
+                        expected
+                    })
+                );
+            }
+            assert!(Extension::decode(magic, &vec![0; to_usize(expected)]).is_ok());
+        }
+        for (length, good) in [(0, true), (47, false), (48, true), (49, false), (96, true)] {
+            let result = Extension::decode(MAGIC_FEATURE_NAMES, &vec![0; length]);
+            assert_eq!(result.is_ok(), good, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn feature_name_ends_at_its_first_nul_and_need_not_be_text() {
+        let mut data = vec![2, 5];
+        data.extend_from_slice(b"a\xffb\0rest");
+        data.resize(48, 0);
+        let name = FeatureName {
+            kind: 2,
+            bit: 5,
+            name: "a\u{fffd}b".to_owned(),
+        };
+        assert_eq!(
+            Extension::decode(MAGIC_FEATURE_NAMES, &data),
+            Ok(Extension::FeatureNames(vec![name]))
+        );
+    }
+
+    #[test]
+    fn content_of_the_bitmaps_extension_is_checked() {
+        let geometry = Geometry::new(16, 4).unwrap();
+        let check = |count: u32, reserved: u32, bytes: u64, offset: u64| {
+            let mut raw = [0; 24];
+            raw[0..4].copy_from_slice(&count.to_be_bytes());
+            raw[4..8].copy_from_slice(&reserved.to_be_bytes());
+            raw[8..16].copy_from_slice(&bytes.to_be_bytes());
+            raw[16..24].copy_from_slice(&offset.to_be_bytes());
+            validate_bitmaps(&raw, geometry)
+        };
+        let limit = BITMAP_DIRECTORY_BYTES_MAX;
+        assert_eq!(check(1, 0, 1, 0x1_0000), Ok(()));
+        assert_eq!(check(65535, 0, limit, 0x1_0000), Ok(()));
+        assert_eq!(
+            check(0, 0, 1, 0x1_0000),
+            Err(FormatError::BitmapsCount { found: 0 })
+        );
+        assert_eq!(
+            check(65536, 0, 1, 0x1_0000),
+            Err(FormatError::BitmapsCount { found: 65536 })
+        );
+        assert_eq!(
+            check(1, 2, 1, 0x1_0000),
+            Err(FormatError::BitmapsReserved { found: 2 })
+        );
+        for found in [0, limit + 1] {
+            assert_eq!(
+                check(1, 0, found, 0x1_0000),
+                Err(FormatError::BitmapsDirectorySize { found, limit })
+            );
+        }
+        assert!(matches!(
+            check(1, 0, 1, 0x1_0200),
+            Err(FormatError::TableUnaligned { .. })
+        ));
+        assert!(matches!(
+            check(1, 0, 1, 1 << 56),
+            Err(FormatError::TableOutOfRange { .. })
+        ));
+    }
+}

@@ -239,3 +239,141 @@ impl Geometry {
         self.cluster_align_down(offset + (self.cluster_size() - 1))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(cluster_bits: u32, refcount_order: u32) -> Geometry {
+        Geometry::new(cluster_bits, refcount_order).unwrap()
+    }
+
+    #[test]
+    fn limits_of_both_values_are_inclusive() {
+        for (cluster_bits, order, result) in [
+            (8, 4, Err(FormatError::ClusterBits { found: 8 })),
+            (9, 0, Ok(())),
+            (21, 6, Ok(())),
+            (22, 4, Err(FormatError::ClusterBits { found: 22 })),
+            (
+                u32::MAX,
+                4,
+                Err(FormatError::ClusterBits { found: u32::MAX }),
+            ),
+            (16, 7, Err(FormatError::RefcountOrder { found: 7 })),
+            (
+                16,
+                u32::MAX,
+                Err(FormatError::RefcountOrder { found: u32::MAX }),
+            ),
+        ] {
+            assert_eq!(Geometry::new(cluster_bits, order).map(|_| ()), result);
+        }
+    }
+
+    #[test]
+    fn sizes_follow_from_cluster_bits() {
+        for (cluster_bits, cluster_size, l2_entries, l2_table_span) in [
+            (9, 512, 64, 32 << 10),
+            (12, 4096, 512, 2 << 20),
+            (16, 65536, 8192, 512 << 20),
+            (21, 2 << 20, 256 << 10, 512 << 30),
+        ] {
+            let geometry = geometry(cluster_bits, 4);
+            assert_eq!(geometry.cluster_size(), cluster_size);
+            assert_eq!(geometry.l2_entries(), l2_entries);
+            assert_eq!(geometry.l2_table_span(), l2_table_span);
+        }
+    }
+
+    #[test]
+    fn refcount_sizes_follow_from_the_order() {
+        for (order, bits, max, entries) in [
+            (0, 1, 1, 524_288),
+            (1, 2, 3, 262_144),
+            (2, 4, 15, 131_072),
+            (3, 8, 255, 65_536),
+            (4, 16, 65_535, 32_768),
+            (5, 32, u64::from(u32::MAX), 16_384),
+            (6, 64, u64::MAX, 8192),
+        ] {
+            let geometry = geometry(16, order);
+            assert_eq!(geometry.refcount_bits(), bits);
+            assert_eq!(geometry.refcount_max(), max);
+            assert_eq!(geometry.refcount_block_entries(), entries);
+        }
+    }
+
+    #[test]
+    fn indices_at_both_sides_of_a_cluster_and_a_table() {
+        let geometry = geometry(16, 4);
+        for (offset, l1_index, l2_index, in_cluster) in [
+            (0, 0, 0, 0),
+            (0xffff, 0, 0, 0xffff),
+            (0x1_0000, 0, 1, 0),
+            (0x1fff_ffff, 0, 8191, 0xffff),
+            (0x2000_0000, 1, 0, 0),
+            (u64::MAX, u64::MAX >> 29, 8191, 0xffff),
+        ] {
+            assert_eq!(geometry.l1_index(GuestOffset::new(offset)), l1_index);
+            assert_eq!(geometry.l2_index(GuestOffset::new(offset)), l2_index);
+            assert_eq!(geometry.offset_in_cluster(offset), in_cluster);
+        }
+    }
+
+    #[test]
+    fn refcount_indices_at_both_sides_of_a_block() {
+        let geometry = geometry(16, 4);
+        for (cluster, table_index, block_index) in [
+            (0, 0, 0),
+            (32_767, 0, 32_767),
+            (32_768, 1, 0),
+            (65_537, 2, 1),
+        ] {
+            let cluster = HostCluster::new(cluster);
+            assert_eq!(geometry.refcount_table_index(cluster), table_index);
+            assert_eq!(geometry.refcount_block_index(cluster), block_index);
+        }
+    }
+
+    #[test]
+    fn clusters_and_their_offsets_are_inverse() {
+        let geometry = geometry(16, 4);
+        let host = HostOffset::new(0x12_3456);
+        let guest = GuestOffset::new(0x12_3456);
+        let host_start = geometry.host_cluster_offset(geometry.host_cluster(host));
+        let guest_start = geometry.guest_cluster_offset(geometry.guest_cluster(guest));
+        assert_eq!(host_start, HostOffset::new(0x12_0000));
+        assert_eq!(guest_start, GuestOffset::new(0x12_0000));
+        assert_eq!(geometry.cluster_align_down(host.get()), 0x12_0000);
+        assert_eq!(geometry.cluster_align_up(host.get()), 0x13_0000);
+        assert_eq!(geometry.cluster_align_up(0x12_0000), 0x12_0000);
+        assert!(geometry.is_cluster_aligned(0x12_0000));
+        assert!(!geometry.is_cluster_aligned(0x12_0001));
+    }
+
+    #[test]
+    fn counts_round_up_and_reach_the_largest_size() {
+        let geometry = geometry(16, 4);
+        for (bytes, clusters, l1_entries) in [
+            (0, 0, 0),
+            (1, 1, 1),
+            (0x1_0000, 1, 1),
+            (0x1_0001, 2, 1),
+            (512 << 20, 8192, 1),
+            ((512 << 20) + 1, 8193, 2),
+            (u64::MAX, 1 << 48, 1 << 35),
+        ] {
+            assert_eq!(
+                geometry.clusters_for(bytes),
+                clusters,
+                "clusters of {bytes}"
+            );
+            assert_eq!(
+                geometry.l1_entries_for(bytes),
+                l1_entries,
+                "L1 entries of {bytes}"
+            );
+        }
+    }
+}

@@ -8,14 +8,18 @@
 
 #![forbid(unsafe_code)]
 
-use super::extension::{
-    Extension, FeatureName, MAGIC_FEATURE_NAMES, RawExtensions, feature_kind, validate_bitmaps,
-};
+use super::extension::{Extension, RawExtensions, validate_bitmaps};
+use super::feature::{check_incompatible, standard_feature_names};
 use super::geometry::{
     HOST_OFFSET_END, L1_BYTES_MAX, REFCOUNT_ORDER_V2, REFTABLE_BYTES_MAX, SNAPSHOTS_MAX,
 };
 use super::{FormatError, Geometry, be_u32, be_u64, put};
 use crate::units::{HostOffset, to_u64, to_usize};
+
+pub use super::feature::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_EXTERNAL, COMPAT_LAZY_REFCOUNTS, INCOMPAT_COMPRESSION,
+    INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, INCOMPAT_SUPPORTED,
+};
 
 /// The first four bytes of every qcow2 image.
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -68,40 +72,9 @@ pub const OFFSET_HEADER_LENGTH: usize = 100;
 /// Offset of the compression type, if `header_length` reaches so far.
 pub const OFFSET_COMPRESSION_TYPE: usize = 104;
 
-/// Refcounts and copied flags may lag: repair before writing.
-pub const INCOMPAT_DIRTY: u64 = 1 << 0;
-/// Metadata is known to be damaged: do not write.
-pub const INCOMPAT_CORRUPT: u64 = 1 << 1;
-/// Guest data lies in another file.
-pub const INCOMPAT_DATA_FILE: u64 = 1 << 2;
-/// The compression type is not zlib.
-pub const INCOMPAT_COMPRESSION: u64 = 1 << 3;
-/// L2 entries have 16 bytes and subclusters.
-pub const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
-/// The incompatible features that this program handles.
-pub const INCOMPAT_SUPPORTED: u64 = INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION;
-/// Refcounts may be updated late, under the dirty bit.
-pub const COMPAT_LAZY_REFCOUNTS: u64 = 1 << 0;
-/// The bitmaps extension agrees with the data.
-pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
-/// The external data file is a raw image.
-pub const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
-
 /// Smallest cluster size whose first cluster gets a feature name table: it takes 392 bytes, which in
 /// a small first cluster are better left to the backing file name. QEMU draws the same line.
 const FEATURE_NAMES_CLUSTER_SIZE_MIN: u64 = 8192;
-
-/// The features that the specification names.
-const FEATURES: [(u8, u8, &str); 8] = [
-    (feature_kind::INCOMPATIBLE, 0, "dirty bit"),
-    (feature_kind::INCOMPATIBLE, 1, "corrupt bit"),
-    (feature_kind::INCOMPATIBLE, 2, "external data file"),
-    (feature_kind::INCOMPATIBLE, 3, "compression type"),
-    (feature_kind::INCOMPATIBLE, 4, "extended L2 entries"),
-    (feature_kind::COMPATIBLE, 0, "lazy refcounts"),
-    (feature_kind::AUTOCLEAR, 0, "bitmaps"),
-    (feature_kind::AUTOCLEAR, 1, "raw external data"),
-];
 
 const HEADER: &str = "header";
 
@@ -521,6 +494,8 @@ impl Header {
             "a refcount width other than 16 bits"
         } else if self.compression_type != CompressionType::Zlib {
             "a compression type other than zlib"
+        } else if self.header_length != HEADER_LENGTH_V2 {
+            "a header length other than 72"
         } else {
             return Ok(());
         };
@@ -701,62 +676,646 @@ fn check_encryption(method: u32) -> Result<(), FormatError> {
     }
 }
 
-/// Refuses incompatible features that we do not handle, by the names that the image gives them.
-///
-/// An extension area that is damaged ends the search for names, not the refusal.
-fn check_incompatible(
-    incompatible: u64,
-    raw_extensions: RawExtensions<'_>,
-) -> Result<(), FormatError> {
-    let bits = incompatible & !INCOMPAT_SUPPORTED;
-    if bits == 0 {
-        return Ok(());
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::extension::{FeatureName, MAGIC_BITMAPS, MAGIC_CRYPTO_HEADER};
+
+    /// A header of 1 GiB with tables behind the first cluster.
+    fn header(version: u32, cluster_bits: u32) -> Header {
+        let geometry = Geometry::new(cluster_bits, 4).unwrap();
+        let cluster = |index| HostOffset::new(index * geometry.cluster_size());
+        let mut header = Header::new(version, geometry, 1 << 30);
+        header.l1_size = u32::try_from(geometry.l1_entries_for(header.size)).unwrap();
+        header.refcount_table_offset = cluster(1);
+        header.refcount_table_clusters = 1;
+        header.l1_table_offset = cluster(3);
+        header
     }
-    let table = raw_extensions
-        .map_while(Result::ok)
-        .find(|&(magic, _)| magic == MAGIC_FEATURE_NAMES)
-        .and_then(|(magic, data)| Extension::decode(magic, data).ok());
-    let table = match &table {
-        Some(Extension::FeatureNames(names)) => names.as_slice(),
-        _ => &[],
-    };
-    let names: Vec<String> = (0..64_u8)
-        .filter(|&bit| bits & (1 << bit) != 0)
-        .map(|bit| incompatible_feature_name(bit, table))
-        .collect();
-    Err(FormatError::IncompatibleFeatures {
-        names: names.join(", "),
-        bits,
-    })
-}
 
-/// The image's own name for a feature, or the specification's, or its number.
-fn incompatible_feature_name(bit: u8, table: &[FeatureName]) -> String {
-    let own = table
-        .iter()
-        .find(|name| (name.kind, name.bit) == (feature_kind::INCOMPATIBLE, bit))
-        // The image is not trusted with the reader's terminal.
-        .map(|name| name.name.replace(char::is_control, "?"))
-        .filter(|name| !name.trim().is_empty());
-    let specified = || {
-        FEATURES
-            .iter()
-            .find(|&&(kind, number, _)| (kind, number) == (feature_kind::INCOMPATIBLE, bit))
-            .map(|&(_, _, name)| name.to_owned())
-    };
-    own.or_else(specified)
-        .unwrap_or_else(|| format!("incompatible feature bit {bit}"))
-}
+    /// One that uses everything.
+    fn full() -> Header {
+        let mut header = header(3, 16);
+        header.backing_name = Some(b"dir/base.qcow2".to_vec());
+        header.incompatible = INCOMPAT_DIRTY | INCOMPAT_COMPRESSION;
+        header.compression_type = CompressionType::Zstd;
+        header.compatible = COMPAT_LAZY_REFCOUNTS | 1 << 40;
+        header.autoclear = 1 << 50;
+        header.snapshot_count = 2;
+        header.snapshot_table_offset = HostOffset::new(0x7_0000);
+        header.extensions = vec![
+            Extension::BackingFormat(b"qcow2".to_vec()),
+            standard_feature_names(),
+            Extension::Unknown {
+                magic: 0x1234_5678,
+                data: vec![1, 2, 3],
+            },
+        ];
+        header
+    }
 
-/// The feature name table that we write.
-fn standard_feature_names() -> Extension {
-    let names = FEATURES
-        .iter()
-        .map(|&(kind, bit, name)| FeatureName {
-            kind,
+    /// The same as [`Header::decode`] would give it back.
+    fn placed(header: &Header, bytes: &[u8]) -> Header {
+        let mut header = header.clone();
+        if header.wants_feature_names() {
+            header.extensions.push(standard_feature_names());
+        }
+        if let Some(name) = &header.backing_name {
+            header.backing_offset = to_u64(bytes.len() - name.len());
+        }
+        header
+    }
+
+    /// The error of a good v3 header in which `bytes` stand at `offset`.
+    fn patched(offset: usize, bytes: &[u8]) -> Result<Header, FormatError> {
+        let mut image = full().encode().unwrap();
+        image.resize(65536, 0);
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+        Header::decode(&image)
+    }
+
+    fn error_u32(offset: usize, value: u32) -> FormatError {
+        patched(offset, &value.to_be_bytes()).unwrap_err()
+    }
+
+    fn error_u64(offset: usize, value: u64) -> FormatError {
+        patched(offset, &value.to_be_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn header_survives_a_round_trip_at_every_version_and_cluster_size() {
+        let mut headers = vec![full()];
+        for cluster_bits in 9..=21 {
+            for version in [2, 3] {
+                let mut plain = header(version, cluster_bits);
+                headers.push(plain.clone());
+                plain.backing_name = Some(b"base".to_vec());
+                plain
+                    .extensions
+                    .push(Extension::BackingFormat(b"raw".to_vec()));
+                headers.push(plain);
+            }
+        }
+        for header in &headers {
+            let bytes = header.encode().unwrap();
+            assert_eq!(Header::decode(&bytes), Ok(placed(header, &bytes)));
+        }
+    }
+
+    #[test]
+    fn fields_lie_where_the_specification_puts_them() {
+        let bytes = full().encode().unwrap();
+        let name_offset = bytes.len() - 14;
+        assert_eq!(bytes[0..8], *b"QFI\xfb\0\0\0\x03");
+        assert_eq!(bytes[8..16], to_u64(name_offset).to_be_bytes());
+        assert_eq!(bytes[16..20], 14_u32.to_be_bytes());
+        assert_eq!(bytes[20..24], 16_u32.to_be_bytes());
+        assert_eq!(bytes[24..32], (1_u64 << 30).to_be_bytes());
+        assert_eq!(bytes[32..36], [0; 4]);
+        assert_eq!(bytes[36..40], 2_u32.to_be_bytes());
+        assert_eq!(bytes[40..48], 0x3_0000_u64.to_be_bytes());
+        assert_eq!(bytes[48..56], 0x1_0000_u64.to_be_bytes());
+        assert_eq!(bytes[56..60], 1_u32.to_be_bytes());
+        assert_eq!(bytes[60..64], 2_u32.to_be_bytes());
+        assert_eq!(bytes[64..72], 0x7_0000_u64.to_be_bytes());
+        assert_eq!(bytes[72..80], 9_u64.to_be_bytes());
+        assert_eq!(bytes[80..88], (1_u64 | 1 << 40).to_be_bytes());
+        assert_eq!(bytes[88..96], (1_u64 << 50).to_be_bytes());
+        assert_eq!(bytes[96..100], 4_u32.to_be_bytes());
+        assert_eq!(bytes[100..104], 112_u32.to_be_bytes());
+        assert_eq!(bytes[104..112], [1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[name_offset..], *b"dir/base.qcow2");
+    }
+
+    #[test]
+    fn every_truncation_is_an_error() {
+        let mut plain = header(2, 9);
+        plain.size = 0;
+        plain.l1_size = 0;
+        for header in [full(), header(3, 16), header(2, 16), plain] {
+            let bytes = header.encode().unwrap();
+            for length in 0..bytes.len() {
+                let result = Header::decode(&bytes[..length]);
+                assert!(
+                    matches!(result, Err(FormatError::Truncated { .. })),
+                    "{length} bytes"
+                );
+            }
+            assert!(Header::decode(&bytes).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_single_bit_flip_is_accepted_or_a_named_error() {
+        for header in [full(), header(3, 9), header(2, 16)] {
+            let mut bytes = header.encode().unwrap();
+            let used = bytes.len();
+            bytes.resize(bytes.len().max(512), 0);
+            for bit in 0..used * 8 {
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                match Header::decode(&bytes) {
+                    // What was accepted obeys the limits that the rest of the program relies on.
+                    Ok(header) => assert_eq!(header.validate(), Ok(()), "bit {bit}"),
+                    Err(error) => assert!(error.to_string().len() > 15, "bit {bit}: {error}"),
+                }
+                bytes[bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    #[test]
+    fn magic_and_version_are_checked_first() {
+        assert_eq!(
+            Header::decode(b"QFI"),
+            Err(FormatError::Truncated {
+                what: "header",
+                needed: 4,
+                found: 3
+            })
+        );
+        assert_eq!(
+            error_u32(OFFSET_MAGIC, 0x4b44_4d56),
+            FormatError::Magic { found: 0x4b44_4d56 }
+        );
+        for found in [0, 1, 4, u32::MAX] {
+            assert_eq!(
+                error_u32(OFFSET_VERSION, found),
+                FormatError::Version { found }
+            );
+        }
+    }
+
+    #[test]
+    fn cluster_bits_and_refcount_order_are_checked() {
+        for found in [0, 8, 22, u32::MAX] {
+            assert_eq!(
+                error_u32(OFFSET_CLUSTER_BITS, found),
+                FormatError::ClusterBits { found }
+            );
+        }
+        for found in [7, 32, u32::MAX] {
+            assert_eq!(
+                error_u32(OFFSET_REFCOUNT_ORDER, found),
+                FormatError::RefcountOrder { found }
+            );
+        }
+        for order in 0..=6_u32 {
+            let header = patched(OFFSET_REFCOUNT_ORDER, &order.to_be_bytes()).unwrap();
+            assert_eq!(header.geometry().refcount_order(), order);
+        }
+    }
+
+    #[test]
+    fn header_length_is_checked() {
+        for (found, error) in [
+            (
+                0,
+                FormatError::HeaderLengthTooSmall {
+                    found: 0,
+                    minimum: 104,
+                },
+            ),
+            (
+                96,
+                FormatError::HeaderLengthTooSmall {
+                    found: 96,
+                    minimum: 104,
+                },
+            ),
+            (
+                103,
+                FormatError::HeaderLengthTooSmall {
+                    found: 103,
+                    minimum: 104,
+                },
+            ),
+            (105, FormatError::HeaderLengthUnaligned { found: 105 }),
+            (
+                65544,
+                FormatError::HeaderLengthTooLarge {
+                    found: 65544,
+                    cluster_size: 65536,
+                },
+            ),
+        ] {
+            assert_eq!(error_u32(OFFSET_HEADER_LENGTH, found), error);
+        }
+    }
+
+    #[test]
+    fn header_of_104_bytes_means_zlib() {
+        let mut short = header(3, 16);
+        short.header_length = 104;
+        let mut bytes = short.encode().unwrap();
+        // The byte where a longer header has its compression type belongs to the first extension.
+        assert_eq!(bytes[104], 0x68);
+        assert_eq!(
+            Header::decode(&bytes).unwrap().compression_type,
+            CompressionType::Zlib
+        );
+        bytes[OFFSET_INCOMPATIBLE + 7] = 8;
+        assert_eq!(Header::decode(&bytes), Err(FormatError::CompressionBitSet));
+    }
+
+    #[test]
+    fn unknown_header_fields_are_kept() {
+        let mut long = header(3, 16);
+        long.header_length = 128;
+        long.unknown_fields = vec![0xab; 16];
+        let bytes = long.encode().unwrap();
+        assert_eq!(bytes[112..128], [0xab; 16]);
+        assert_eq!(Header::decode(&bytes), Ok(placed(&long, &bytes)));
+    }
+
+    #[test]
+    fn compression_type_and_its_feature_bit_go_together() {
+        assert_eq!(
+            patched(OFFSET_COMPRESSION_TYPE, &[2]),
+            Err(FormatError::CompressionType { found: 2 })
+        );
+        assert_eq!(
+            patched(OFFSET_COMPRESSION_TYPE, &[0]),
+            Err(FormatError::CompressionBitSet)
+        );
+        assert_eq!(
+            patched(OFFSET_INCOMPATIBLE, &0_u64.to_be_bytes()),
+            Err(FormatError::CompressionBitMissing { name: "zstd" })
+        );
+    }
+
+    #[test]
+    fn encryption_is_refused_by_name() {
+        for (method, message) in [
+            (1, "encryption (AES) is not supported"),
+            (2, "encryption (LUKS) is not supported"),
+            (3, "encryption method 3 is unknown"),
+        ] {
+            let error = error_u32(OFFSET_CRYPT_METHOD, method);
+            assert_eq!(error.to_string(), message);
+            assert!(error.is_unsupported());
+        }
+    }
+
+    #[test]
+    fn unsupported_features_are_refused_by_the_names_in_the_image() {
+        let mut named = full();
+        let name = |bit, name: &str| FeatureName {
+            kind: 0,
             bit,
             name: name.to_owned(),
-        })
-        .collect();
-    Extension::FeatureNames(names)
+        };
+        named.extensions[1] = Extension::FeatureNames(vec![
+            FeatureName {
+                kind: 1,
+                bit: 63,
+                name: "wrong word".to_owned(),
+            },
+            name(2, "data\u{1b}[0m elsewhere"),
+            name(4, ""),
+            name(63, "time travel"),
+        ]);
+        let mut bytes = named.encode().unwrap();
+        let bits = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 63;
+        put(
+            &mut bytes,
+            OFFSET_INCOMPATIBLE,
+            (bits | INCOMPAT_DIRTY).to_be_bytes(),
+        );
+        let error = Header::decode(&bytes).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unsupported incompatible feature: data?[0m elsewhere, extended L2 entries, \
+             incompatible feature bit 5, time travel"
+        );
+        assert!(error.is_unsupported());
+    }
+
+    #[test]
+    fn unsupported_features_have_names_without_a_table() {
+        for (bits, names) in [
+            (INCOMPAT_DATA_FILE, "external data file"),
+            (INCOMPAT_EXTENDED_L2, "extended L2 entries"),
+            (1 << 62, "incompatible feature bit 62"),
+        ] {
+            // Small clusters have no feature name table.
+            let mut bytes = header(3, 9).encode().unwrap();
+            put(&mut bytes, OFFSET_INCOMPATIBLE, u64::to_be_bytes(bits));
+            let names = names.to_owned();
+            assert_eq!(
+                Header::decode(&bytes),
+                Err(FormatError::IncompatibleFeatures { names, bits })
+            );
+        }
+    }
+
+    #[test]
+    fn damaged_extensions_do_not_hide_an_unsupported_feature() {
+        let mut bytes = header(3, 16).encode().unwrap();
+        put(&mut bytes, 116, u32::MAX.to_be_bytes());
+        assert!(matches!(
+            Header::decode(&bytes),
+            Err(FormatError::ExtensionTooLong { .. })
+        ));
+        put(
+            &mut bytes,
+            OFFSET_INCOMPATIBLE,
+            INCOMPAT_EXTENDED_L2.to_be_bytes(),
+        );
+        assert!(matches!(
+            Header::decode(&bytes),
+            Err(FormatError::IncompatibleFeatures { .. })
+        ));
+    }
+
+    #[test]
+    fn dirty_and_corrupt_bits_are_read() {
+        let bits = |bits: u64| {
+            let header = patched(
+                OFFSET_INCOMPATIBLE,
+                &(bits | INCOMPAT_COMPRESSION).to_be_bytes(),
+            );
+            header
+                .map(|header| (header.is_dirty(), header.is_corrupt()))
+                .unwrap()
+        };
+        assert_eq!(bits(0), (false, false));
+        assert_eq!(bits(INCOMPAT_DIRTY), (true, false));
+        assert_eq!(bits(INCOMPAT_CORRUPT), (false, true));
+        assert!(full().has_lazy_refcounts());
+        assert!(!header(3, 16).has_lazy_refcounts());
+    }
+
+    #[test]
+    fn version_2_has_no_features_and_16_bit_refcounts() {
+        let mut image = header(2, 16).encode().unwrap();
+        image.resize(65536, 0);
+        let header_2 = Header::decode(&image).unwrap();
+        assert_eq!(header_2.header_length, 72);
+        assert_eq!(header_2.geometry().refcount_order(), 4);
+        // Extensions start where version 3 has its features.
+        put(&mut image, 72, MAGIC_BITMAPS.to_be_bytes());
+        put(&mut image, 76, 24_u32.to_be_bytes());
+        let header_2 = Header::decode(&image).unwrap();
+        assert_eq!(header_2.incompatible, 0);
+        assert_eq!(header_2.extensions, [Extension::Bitmaps([0; 24])]);
+
+        let mut with_feature = header(2, 16);
+        with_feature.incompatible = INCOMPAT_DIRTY;
+        let mut with_width = Header::new(2, Geometry::new(16, 5).unwrap(), 0);
+        with_width.refcount_table_clusters = 1;
+        let mut with_length = header(2, 16);
+        with_length.header_length = 80;
+        for bad in [with_feature, with_width, with_length] {
+            assert!(matches!(
+                bad.encode(),
+                Err(FormatError::NotInVersion2 { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn place_of_the_backing_file_name_is_checked() {
+        let place = |offset: u64, length: u32| {
+            let mut image = header(3, 16).encode().unwrap();
+            image.resize(65536, b'n');
+            put(&mut image, OFFSET_BACKING_OFFSET, offset.to_be_bytes());
+            put(&mut image, OFFSET_BACKING_LENGTH, length.to_be_bytes());
+            Header::decode(&image).map(|header| header.backing_name.map(|name| name.len()))
+        };
+        assert_eq!(place(0, 5), Ok(None));
+        assert_eq!(place(1024, 0), Ok(None));
+        assert_eq!(place(1024, 1023), Ok(Some(1023)));
+        assert_eq!(
+            place(1024, 1024),
+            Err(FormatError::BackingNameTooLong { length: 1024 })
+        );
+        assert_eq!(place(65535, 1), Ok(Some(1)));
+        for (offset, length) in [(65535, 2), (65536, 1), (u64::MAX, 1)] {
+            assert!(matches!(
+                place(offset, length),
+                Err(FormatError::BackingNameOutsideCluster { .. })
+            ));
+        }
+        assert!(matches!(
+            place(111, 1),
+            Err(FormatError::BackingNameInHeader { .. })
+        ));
+    }
+
+    #[test]
+    fn place_of_every_table_is_checked() {
+        for (field, table) in [
+            (OFFSET_L1_TABLE, "L1 table"),
+            (OFFSET_REFCOUNT_TABLE, "refcount table"),
+            (OFFSET_SNAPSHOT_TABLE, "snapshot table"),
+        ] {
+            assert!(
+                patched(field, &((1_u64 << 56) - 0x1_0000).to_be_bytes()).is_ok(),
+                "{table}"
+            );
+            assert_eq!(
+                error_u64(field, 0x3_0200),
+                FormatError::TableUnaligned {
+                    table,
+                    offset: HostOffset::new(0x3_0200),
+                    cluster_size: 65536
+                }
+            );
+            for offset in [1 << 56, !0xffff] {
+                assert!(matches!(
+                    error_u64(field, offset),
+                    FormatError::TableOutOfRange { table: found, .. } if found == table
+                ));
+            }
+            assert_eq!(
+                error_u64(field, 0),
+                FormatError::TableInHeader {
+                    table,
+                    offset: HostOffset::ZERO
+                }
+            );
+        }
+    }
+
+    #[test]
+    fn l1_table_covers_the_virtual_size_within_its_limit() {
+        let sized = |size: u64, l1_size: u32| {
+            let mut header = full();
+            header.size = size;
+            header.l1_size = l1_size;
+            header.encode().map(|_| ())
+        };
+        let span = 512_u64 << 20;
+        assert_eq!(sized(0, 0), Ok(()));
+        assert_eq!(sized(0, 5), Ok(()));
+        assert_eq!(sized(1, 1), Ok(()));
+        assert_eq!(
+            sized(1, 0),
+            Err(FormatError::L1TooSmall {
+                entries: 0,
+                needed: 1,
+                size: 1
+            })
+        );
+        assert_eq!(sized(span, 1), Ok(()));
+        assert_eq!(
+            sized(span + 1, 1),
+            Err(FormatError::L1TooSmall {
+                entries: 1,
+                needed: 2,
+                size: span + 1
+            })
+        );
+        assert_eq!(sized(span << 22, 4 << 20), Ok(()));
+        assert!(matches!(
+            sized(0, (4 << 20) + 1),
+            Err(FormatError::L1TooLarge { .. })
+        ));
+        assert!(matches!(
+            sized(u64::MAX, 4 << 20),
+            Err(FormatError::L1TooSmall { .. })
+        ));
+    }
+
+    #[test]
+    fn empty_disk_needs_no_l1_table() {
+        let mut empty = header(3, 16);
+        empty.size = 0;
+        empty.l1_size = 0;
+        empty.l1_table_offset = HostOffset::ZERO;
+        let bytes = empty.encode().unwrap();
+        assert_eq!(Header::decode(&bytes).unwrap().size, 0);
+    }
+
+    #[test]
+    fn counts_of_the_other_tables_are_checked() {
+        assert_eq!(
+            error_u32(OFFSET_REFCOUNT_TABLE_CLUSTERS, 0),
+            FormatError::RefcountTableMissing
+        );
+        assert!(patched(OFFSET_REFCOUNT_TABLE_CLUSTERS, &128_u32.to_be_bytes()).is_ok());
+        assert_eq!(
+            error_u32(OFFSET_REFCOUNT_TABLE_CLUSTERS, 129),
+            FormatError::RefcountTableTooLarge {
+                bytes: 129 << 16,
+                limit: 8 << 20
+            }
+        );
+        assert!(patched(OFFSET_SNAPSHOT_COUNT, &65536_u32.to_be_bytes()).is_ok());
+        assert_eq!(
+            error_u32(OFFSET_SNAPSHOT_COUNT, 65537),
+            FormatError::TooManySnapshots {
+                count: 65537,
+                limit: 65536
+            }
+        );
+    }
+
+    #[test]
+    fn bitmaps_extension_is_checked_only_when_in_force() {
+        let mut with_bitmaps = header(3, 16);
+        with_bitmaps.extensions = vec![Extension::Bitmaps([0; 24])];
+        let mut bytes = with_bitmaps.encode().unwrap();
+        assert!(Header::decode(&bytes).is_ok());
+        put(
+            &mut bytes,
+            OFFSET_AUTOCLEAR,
+            AUTOCLEAR_BITMAPS.to_be_bytes(),
+        );
+        assert_eq!(
+            Header::decode(&bytes),
+            Err(FormatError::BitmapsCount { found: 0 })
+        );
+    }
+
+    #[test]
+    fn encryption_header_without_encryption_is_refused() {
+        let mut bytes = header(3, 16).encode().unwrap();
+        put(&mut bytes, 112, MAGIC_CRYPTO_HEADER.to_be_bytes());
+        put(&mut bytes, 116, 16_u32.to_be_bytes());
+        bytes.resize(65536, 0);
+        bytes[136..].fill(0);
+        assert_eq!(
+            Header::decode(&bytes),
+            Err(FormatError::CryptoHeaderUnexpected)
+        );
+    }
+
+    #[test]
+    fn backing_name_that_does_not_fit_beside_the_header_is_refused() {
+        // 112 bytes of header and 8 of end marker leave 392 in a cluster of 512 bytes.
+        let mut small = header(3, 9);
+        small.backing_name = Some(vec![b'n'; 392]);
+        assert_eq!(small.encode().unwrap().len(), 512);
+        small.backing_name = Some(vec![b'n'; 393]);
+        assert_eq!(
+            small.encode(),
+            Err(FormatError::BackingNameDoesNotFit {
+                needed: 513,
+                cluster_size: 512
+            })
+        );
+        small
+            .extensions
+            .push(Extension::DataFileName(vec![b'n'; 393]));
+        assert_eq!(
+            small.encode(),
+            Err(FormatError::HeaderDoesNotFit {
+                needed: 528,
+                cluster_size: 512
+            })
+        );
+        let mut large = header(3, 16);
+        large.backing_name = Some(vec![b'n'; 1024]);
+        assert_eq!(
+            large.encode(),
+            Err(FormatError::BackingNameTooLong { length: 1024 })
+        );
+    }
+
+    #[test]
+    fn patch_changes_the_fields_that_change_and_nothing_else() {
+        let bytes = full().encode().unwrap();
+        let mut sector: [u8; 512] = bytes[..512].try_into().unwrap();
+        let mut changed = full();
+        changed.size = 1 << 29;
+        changed.l1_size = 3;
+        changed.l1_table_offset = HostOffset::new(0xa_0000);
+        changed.refcount_table_offset = HostOffset::new(0xb_0000);
+        changed.refcount_table_clusters = 2;
+        changed.snapshot_count = 7;
+        changed.snapshot_table_offset = HostOffset::new(0xc_0000);
+        changed.incompatible = INCOMPAT_COMPRESSION;
+        changed.compatible = 0;
+        changed.autoclear = 0;
+        changed.patch_sector(&mut sector);
+        let expected = changed.encode().unwrap();
+        assert_eq!(sector[..], expected[..512]);
+    }
+
+    #[test]
+    fn patch_leaves_the_extensions_of_version_2_alone() {
+        let mut sector = [0xee; 512];
+        header(2, 16).patch_sector(&mut sector);
+        assert_eq!(sector[72..], [0xee; 440]);
+        assert_eq!(sector[..24], [0xee; 24]);
+        assert_eq!(sector[24..32], (1_u64 << 30).to_be_bytes());
+    }
+
+    #[test]
+    fn feature_name_table_is_the_one_of_other_writers() {
+        let bytes = header(3, 16).encode().unwrap();
+        assert_eq!(bytes[112..120], [0x68, 0x03, 0xf8, 0x57, 0, 0, 1, 0x80]);
+        assert_eq!(bytes[120..131], *b"\0\0dirty bit");
+        assert_eq!(bytes[456..475], *b"\x02\x01raw external data");
+        assert_eq!(bytes.len(), 512);
+        assert_eq!(header(3, 12).encode().unwrap().len(), 120);
+        assert_eq!(header(2, 16).encode().unwrap().len(), 80);
+    }
+
+    #[test]
+    fn backing_format_is_found_among_the_extensions() {
+        assert_eq!(full().backing_format(), Some(b"qcow2".as_slice()));
+        assert_eq!(header(3, 16).backing_format(), None);
+    }
 }

@@ -7,7 +7,8 @@
 //!
 //! | specification | here |
 //! |---|---|
-//! | Header, feature bits | [`header`] |
+//! | Header | [`header`] |
+//! | Feature bits | [`feature`] |
 //! | Header extensions, feature name table | [`extension`] |
 //! | L1 table, L2 table, cluster descriptors | [`l1`], [`l2`] |
 //! | Reference counts | [`refcount`] |
@@ -24,6 +25,7 @@
 
 pub mod error;
 pub mod extension;
+pub mod feature;
 pub mod geometry;
 pub mod header;
 pub mod l1;

@@ -194,3 +194,146 @@ fn narrow<T: TryFrom<u64>>(value: u64, order: u32) -> T {
 fn wrong_order(order: u32) -> ! {
     panic!("refcount_order {order} is above 6")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK_BYTES: usize = 512;
+
+    /// The largest refcount of each order.
+    fn max(order: u32) -> u64 {
+        Geometry::new(9, order).unwrap().refcount_max()
+    }
+
+    #[test]
+    fn known_bytes_of_every_order() {
+        let block = [0x12, 0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde, 0xf1];
+        for (order, values) in [
+            // 0x12 is 0001_0010: the least significant bit comes first.
+            (0, vec![0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1]),
+            (1, vec![2, 0, 1, 0, 0, 1, 3, 0]),
+            (2, vec![2, 1, 4, 3]),
+            (3, vec![0x12, 0x34]),
+            (4, vec![0x1234, 0x5678, 0x9abc, 0xdef1]),
+            (5, vec![0x1234_5678, 0x9abc_def1]),
+            (6, vec![0x1234_5678_9abc_def1]),
+        ] {
+            let found: Vec<u64> = (0..values.len()).map(|i| get(&block, order, i)).collect();
+            assert_eq!(found, values, "order {order}");
+        }
+    }
+
+    #[test]
+    fn set_changes_its_refcount_and_no_other() {
+        for order in 0..=6 {
+            let entries = count(&[0; BLOCK_BYTES], order);
+            for index in [0, 1, 2, 3, 7, 8, entries / 2, entries - 1] {
+                let mut ones = [0xff; BLOCK_BYTES];
+                let mut zeroes = [0; BLOCK_BYTES];
+                set(&mut ones, order, index, 0);
+                set(&mut zeroes, order, index, max(order));
+                let cleared: Vec<usize> = (0..entries)
+                    .filter(|&i| get(&ones, order, i) != max(order))
+                    .collect();
+                let raised: Vec<usize> = (0..entries)
+                    .filter(|&i| get(&zeroes, order, i) != 0)
+                    .collect();
+                assert_eq!(cleared, [index], "order {order}");
+                assert_eq!(raised, [index], "order {order}");
+                assert_eq!(get(&ones, order, index), 0);
+                assert_eq!(get(&zeroes, order, index), max(order));
+            }
+        }
+    }
+
+    #[test]
+    fn block_of_a_geometry_has_as_many_refcounts_as_it_says() {
+        for order in 0..=6 {
+            let geometry = Geometry::new(9, order).unwrap();
+            let entries = u64::try_from(count(&[0; BLOCK_BYTES], order)).unwrap();
+            assert_eq!(entries, geometry.refcount_block_entries());
+        }
+    }
+
+    #[test]
+    fn value_that_is_too_wide_panics_and_leaves_the_neighbours() {
+        for order in 0..=5 {
+            let mut block = [0; BLOCK_BYTES];
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                set(&mut block, order, 1, max(order) + 1);
+            }));
+            assert!(result.is_err(), "order {order}");
+            assert_eq!(block, [0; BLOCK_BYTES], "order {order}");
+        }
+    }
+
+    #[test]
+    fn index_past_the_end_panics() {
+        for order in 0..=6 {
+            let block = [0; BLOCK_BYTES];
+            let entries = count(&block, order);
+            assert!(std::panic::catch_unwind(|| get(&block, order, entries)).is_err());
+            assert_eq!(get(&block, order, entries - 1), 0);
+        }
+    }
+
+    #[test]
+    fn free_refcounts_are_found_up_to_the_end_of_the_block() {
+        for order in 0..=6 {
+            let mut block = [0xff; BLOCK_BYTES];
+            let last = count(&block, order) - 1;
+            assert_eq!(first_free(&block, order, 0), None);
+            assert_eq!(free_run(&block, order, 0, 10), 0);
+            for index in [3, 4, last] {
+                set(&mut block, order, index, 0);
+            }
+            assert_eq!(first_free(&block, order, 0), Some(3));
+            assert_eq!(first_free(&block, order, 4), Some(4));
+            assert_eq!(first_free(&block, order, 5), Some(last));
+            assert_eq!(free_run(&block, order, 3, 10), 2);
+            assert_eq!(free_run(&block, order, 3, 1), 1);
+            assert_eq!(free_run(&block, order, last, 10), 1);
+            assert_eq!(first_free(&block, order, last + 1), None);
+        }
+    }
+
+    #[test]
+    fn table_entry_gives_back_its_offset() {
+        let geometry = Geometry::new(16, 4).unwrap();
+        for offset in [0x1_0000, 0x00ff_ffff_ffff_0000] {
+            let entry = RefcountTableEntry::new(HostOffset::new(offset));
+            assert_eq!(entry.block_offset(), Some(HostOffset::new(offset)));
+            assert_eq!(entry.validate(geometry), Ok(()));
+        }
+        assert_eq!(RefcountTableEntry::UNALLOCATED.block_offset(), None);
+        assert_eq!(RefcountTableEntry::UNALLOCATED.validate(geometry), Ok(()));
+    }
+
+    #[test]
+    fn every_bad_bit_of_a_table_entry_is_refused() {
+        let geometry = Geometry::new(16, 4).unwrap();
+        let result = |bit: u32| RefcountTableEntry(1 << bit).validate(geometry);
+        for bit in 0..=8 {
+            assert!(
+                matches!(result(bit), Err(FormatError::ReservedBits { .. })),
+                "bit {bit}"
+            );
+        }
+        for bit in 9..=15 {
+            assert!(
+                matches!(result(bit), Err(FormatError::EntryUnaligned { .. })),
+                "bit {bit}"
+            );
+        }
+        for bit in 16..=55 {
+            assert_eq!(result(bit), Ok(()), "bit {bit}");
+        }
+        for bit in 56..=63 {
+            assert!(
+                matches!(result(bit), Err(FormatError::EntryOutOfRange { .. })),
+                "bit {bit}"
+            );
+        }
+    }
+}

@@ -251,3 +251,225 @@ fn check_length(bytes: u64) -> Result<(), FormatError> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, name: &str, extra: Vec<u8>) -> SnapshotEntry {
+        SnapshotEntry {
+            l1_offset: HostOffset::new(0x5_0000),
+            l1_size: 2,
+            id: id.into(),
+            name: name.into(),
+            date_sec: 1_700_000_000,
+            date_nsec: 999_999_999,
+            vm_clock_nsec: 0x1234_5678_9abc_def0,
+            vm_state_size_32: 7,
+            extra,
+        }
+    }
+
+    /// Entries whose lengths meet every remainder of the alignment, with extra data of every kind.
+    fn entries() -> Vec<SnapshotEntry> {
+        let mut unknown = SnapshotEntry::extra_data(5, 6, Some(7));
+        unknown.extend_from_slice(b"more");
+        vec![
+            entry("1", "", Vec::new()),
+            entry("2", "a", vec![1, 2, 3]),
+            entry("3", "ab", SnapshotEntry::extra_data(1 << 40, 1 << 30, None)),
+            entry("4", "abcdef", unknown),
+            entry("", "abcdefgh", vec![0; 1024]),
+        ]
+    }
+
+    #[test]
+    fn table_survives_a_round_trip_byte_for_byte() {
+        let table = encode_table(&entries()).unwrap();
+        let decoded = decode_table(&table, 5).unwrap();
+        assert_eq!(decoded, entries());
+        assert_eq!(encode_table(&decoded).unwrap(), table);
+    }
+
+    #[test]
+    fn fields_lie_where_the_specification_puts_them() {
+        let extra = SnapshotEntry::extra_data(0x1122, 0x3344, None);
+        let table = encode_table(&[entry("12", "name", extra)]).unwrap();
+        assert_eq!(table[0..8], 0x5_0000_u64.to_be_bytes());
+        assert_eq!(table[8..12], 2_u32.to_be_bytes());
+        assert_eq!(table[12..16], [0, 2, 0, 4]);
+        assert_eq!(table[16..20], 1_700_000_000_u32.to_be_bytes());
+        assert_eq!(table[20..24], 999_999_999_u32.to_be_bytes());
+        assert_eq!(table[24..32], 0x1234_5678_9abc_def0_u64.to_be_bytes());
+        assert_eq!(table[32..36], 7_u32.to_be_bytes());
+        assert_eq!(table[36..40], 24_u32.to_be_bytes());
+        assert_eq!(table[40..48], 0x1122_u64.to_be_bytes());
+        assert_eq!(table[48..56], 0x3344_u64.to_be_bytes());
+        assert_eq!(table[56..64], [0xff; 8]);
+        assert_eq!(table[64..70], *b"12name");
+        assert_eq!(table[70..], [0, 0]);
+    }
+
+    #[test]
+    fn extra_fields_are_there_only_when_the_data_reaches_so_far() {
+        let full = SnapshotEntry::extra_data(1 << 40, 1 << 30, Some(9));
+        for (bytes, vm_state_size, disk_size, icount) in [
+            (0, 7, None, None),
+            (7, 7, None, None),
+            (8, 1 << 40, None, None),
+            (15, 1 << 40, None, None),
+            (16, 1 << 40, Some(1 << 30), None),
+            (23, 1 << 40, Some(1 << 30), None),
+            (24, 1 << 40, Some(1 << 30), Some(9)),
+        ] {
+            let entry = entry("1", "n", full[..bytes].to_vec());
+            assert_eq!(entry.vm_state_size(), vm_state_size, "{bytes} bytes");
+            assert_eq!(entry.disk_size(), disk_size, "{bytes} bytes");
+            assert_eq!(entry.icount(), icount, "{bytes} bytes");
+            assert_eq!(entry.is_complete(3), bytes >= 16, "{bytes} bytes");
+            assert!(entry.is_complete(2));
+        }
+    }
+
+    #[test]
+    fn every_truncation_names_a_length_that_helps() {
+        // The last entry needs no padding, so the table ends with its name.
+        let whole = encode_table(&entries()).unwrap();
+        for length in 0..whole.len() {
+            let error = decode_table(&whole[..length], 5).unwrap_err();
+            assert!(
+                matches!(error, FormatError::Truncated { needed, .. } if needed > to_u64(length)),
+                "{length} bytes: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn padding_after_the_last_entry_may_be_missing() {
+        let mut table = encode_table(&[entry("1", "n", Vec::new())]).unwrap();
+        table.truncate(42);
+        assert_eq!(decode_table(&table, 1).unwrap().len(), 1);
+        table.truncate(41);
+        assert!(decode_table(&table, 1).is_err());
+    }
+
+    #[test]
+    fn limits_are_inclusive() {
+        let with_extra = |bytes| [entry("1", "n", vec![0; bytes])];
+        assert!(encode_table(&with_extra(1024)).is_ok());
+        assert!(matches!(
+            encode_table(&with_extra(1025)),
+            Err(FormatError::SnapshotExtraTooLarge {
+                index: 0,
+                found: 1025,
+                limit: 1024
+            })
+        ));
+        let mut table = encode_table(&with_extra(1024)).unwrap();
+        table[36..40].copy_from_slice(&1025_u32.to_be_bytes());
+        assert!(matches!(
+            decode_table(&table, 1),
+            Err(FormatError::SnapshotExtraTooLarge {
+                index: 0,
+                found: 1025,
+                limit: 1024
+            })
+        ));
+        let with_name = |bytes| {
+            [SnapshotEntry {
+                name: vec![b'n'; bytes],
+                ..entry("1", "", vec![])
+            }]
+        };
+        assert!(encode_table(&with_name(65535)).is_ok());
+        assert!(matches!(
+            encode_table(&with_name(65536)),
+            Err(FormatError::SnapshotTextTooLong {
+                what: "name",
+                found: 65536,
+                limit: 65535
+            })
+        ));
+        assert!(matches!(
+            decode_table(&[], SNAPSHOTS_MAX + 1),
+            Err(FormatError::TooManySnapshots {
+                count: 65537,
+                limit: 65536
+            })
+        ));
+        assert!(matches!(
+            decode_table(&[], SNAPSHOTS_MAX),
+            Err(FormatError::Truncated { .. })
+        ));
+    }
+
+    #[test]
+    fn table_of_more_than_64_mib_is_refused() {
+        // 1025 entries of 65536 bytes: one more than fits.
+        let big = SnapshotEntry {
+            name: vec![b'n'; 65496],
+            ..entry("", "", vec![])
+        };
+        let entries = vec![big; 1025];
+        assert_eq!(encode_table(&entries[..1024]).unwrap().len(), 64 << 20);
+        let limit = SNAPSHOT_TABLE_BYTES_MAX;
+        assert_eq!(
+            encode_table(&entries),
+            Err(FormatError::SnapshotTableTooLarge { limit })
+        );
+        let mut table = encode_table(&entries[..1024]).unwrap();
+        assert_eq!(decode_table(&table, 1024).unwrap().len(), 1024);
+        table.extend_from_slice(&encode_table(&entries[..1]).unwrap());
+        assert_eq!(
+            decode_table(&table, 1025),
+            Err(FormatError::SnapshotTableTooLarge { limit })
+        );
+    }
+
+    #[test]
+    fn place_of_the_l1_table_is_checked() {
+        let geometry = Geometry::new(16, 4).unwrap();
+        let good = entry("1", "n", vec![]);
+        let at = |offset| SnapshotEntry {
+            l1_offset: HostOffset::new(offset),
+            ..good.clone()
+        };
+        let of = |l1_size| SnapshotEntry {
+            l1_size,
+            ..good.clone()
+        };
+        assert_eq!(good.validate(geometry), Ok(()));
+        assert!(matches!(
+            at(0x5_0200).validate(geometry),
+            Err(FormatError::TableUnaligned {
+                table: "snapshot L1 table",
+                ..
+            })
+        ));
+        assert_eq!(at((1 << 56) - 0x1_0000).validate(geometry), Ok(()));
+        assert!(matches!(
+            at(1 << 56).validate(geometry),
+            Err(FormatError::TableOutOfRange {
+                table: "snapshot L1 table",
+                ..
+            })
+        ));
+        assert_eq!(of(4 << 20).validate(geometry), Ok(()));
+        assert!(matches!(
+            of((4 << 20) + 1).validate(geometry),
+            Err(FormatError::L1TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn every_single_bit_flip_decodes_or_is_a_named_error() {
+        let table = encode_table(&entries()).unwrap();
+        for bit in 0..table.len() * 8 {
+            let mut flipped = table.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            if let Err(error) = decode_table(&flipped, 5) {
+                assert!(error.to_string().contains("snapshot"), "bit {bit}: {error}");
+            }
+        }
+    }
+}
