@@ -4,6 +4,11 @@
 //!
 //! * [`units`]: offsets, clusters and counts as distinct types.
 //! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
+//! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
+//! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
+//! * [`control`]: the control socket, which speaks QMP.
+//! * [`tools`]: create, info and check, for people and scripts.
+//! * [`args`], [`config`]: the command line as typed and as used.
 
 pub mod args;
 pub mod config;

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# contrib/check.sh [STEP...] - what must hold before a commit: fmt, clippy, doc, shell, test. All of
+# them without an argument. Stops at the first that fails. The tests that need a guest and the tools
+# that they need are contrib/test.sh's business.
+
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+check_fmt() { cargo fmt --check; }
+check_clippy() { cargo clippy --all-targets --locked -- -D warnings; }
+check_doc() { RUSTDOCFLAGS="-D warnings ${RUSTDOCFLAGS-}" cargo doc --no-deps --locked; }
+check_test() { cargo test --locked; }
+
+check_shell() {
+    if ! have shellcheck; then
+        warn "SKIPPED: shellcheck is not installed"
+        return
+    fi
+    git ls-files -z -- '*.sh' .ci/run | xargs -0 shellcheck
+}
+
+cd "$repo"
+[[ $# -gt 0 ]] || set -- fmt clippy doc shell test
+for name in "$@"; do
+    [[ $(type -t "check_$name") == function ]] || die "no step '$name': fmt, clippy, doc, shell, test"
+done
+for name in "$@"; do
+    [[ $# == 1 ]] || step "check: $name"
+    run "check_$name"
+done

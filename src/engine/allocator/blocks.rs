@@ -1,0 +1,296 @@
+//! The refcount table and the resident refcount blocks.
+//!
+//! The table is resident as a whole. Blocks are loaded on demand and evicted in clock order while
+//! they equal the file. A block that is new is *unnamed* until the table in the file names it:
+//! its content must be durable first, and its name must be durable before any table entry that
+//! relies on one of its counts is written.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use event_listener::Event;
+
+use super::Allocator;
+use crate::engine::cache::sieve::{Sieve, Verdict};
+use crate::engine::error::{Error, ErrorKind, lock};
+use crate::format::geometry::Geometry;
+use crate::format::refcount;
+use crate::storage::{AlignedBuf, Storage};
+
+/// One refcount block.
+#[derive(Debug)]
+pub(super) struct Block {
+    data: AlignedBytes,
+    modified: bool,
+    /// Copies of it are being written: it must not be loaded from the file meanwhile.
+    writing: u32,
+    visited: bool,
+}
+
+/// Block bytes; a plain boxed slice, so that the state is `Send`.
+type AlignedBytes = Box<[u8]>;
+
+/// The counts of one block.
+pub(super) struct Counts<'a> {
+    data: &'a mut [u8],
+    order: u32,
+}
+
+impl Counts<'_> {
+    pub(super) fn get(&self, index: usize) -> u64 {
+        refcount::get(self.data, self.order, index)
+    }
+
+    pub(super) fn set(&mut self, index: usize, value: u64) {
+        refcount::set(self.data, self.order, index, value);
+    }
+}
+
+/// A block that the table in the file does not name yet.
+#[derive(Clone, Copy, Debug)]
+struct Unnamed {
+    block: u64,
+    /// Its content survives a power cut.
+    durable: bool,
+    /// One of its counts was raised: tables may rely on it.
+    used: bool,
+}
+
+/// A copy of a modified block, to be written.
+#[derive(Debug)]
+pub(crate) struct BlockCopy {
+    pub(crate) block: u64,
+    pub(crate) host_offset: u64,
+    pub(crate) bytes: Box<[u8]>,
+}
+
+/// A refcount table entry to be written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TableWrite {
+    pub(crate) block: u64,
+    /// Where in the file.
+    pub(crate) host_offset: u64,
+    pub(crate) entry: u64,
+    /// The named block survives a power cut already.
+    pub(crate) durable: bool,
+    /// Tables may rely on its counts.
+    pub(crate) used: bool,
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(super) struct Blocks {
+    geometry: Geometry,
+    table: Vec<u64>,
+    resident: Sieve<Block>,
+    resident_max: usize,
+    loading: HashMap<u64, Arc<Event>>,
+    modified: Vec<u64>,
+    unnamed: Vec<Unnamed>,
+}
+
+impl Blocks {
+    pub(super) fn new(geometry: Geometry, table: Vec<u64>, resident_max: u64) -> Self {
+        Self {
+            geometry,
+            table,
+            resident: Sieve::default(),
+            resident_max: usize::try_from(resident_max).unwrap_or(usize::MAX).max(4),
+            loading: HashMap::new(),
+            modified: Vec::new(),
+            unnamed: Vec::new(),
+        }
+    }
+
+    /// The raw table entry; 0 where there is no block.
+    pub(super) fn table_entry(&self, block: u64) -> u64 {
+        usize::try_from(block).ok().and_then(|i| self.table.get(i)).copied().unwrap_or(0)
+    }
+
+    /// How many blocks the table can name.
+    pub(super) fn table_len(&self) -> u64 {
+        u64::try_from(self.table.len()).unwrap_or(0)
+    }
+
+    pub(super) fn table(&self) -> &[u64] {
+        &self.table
+    }
+
+    /// The counts of a resident block, for reading.
+    pub(super) fn get(&mut self, block: u64) -> Option<Counts<'_>> {
+        let order = self.geometry.refcount_order();
+        let resident = self.resident.get_mut(block)?;
+        resident.visited = true;
+        Some(Counts { data: &mut resident.data, order })
+    }
+
+    /// The counts of a resident block, which is modified from now on.
+    pub(super) fn modify(&mut self, block: u64) -> Option<Counts<'_>> {
+        let order = self.geometry.refcount_order();
+        let resident = self.resident.get_mut(block)?;
+        resident.visited = true;
+        if !resident.modified {
+            resident.modified = true;
+            self.modified.push(block);
+        }
+        if let Some(unnamed) = self.unnamed.iter_mut().find(|unnamed| unnamed.block == block) {
+            unnamed.used = true;
+        }
+        Some(Counts { data: &mut resident.data, order })
+    }
+
+    fn insert(&mut self, block: u64, data: AlignedBytes) {
+        if self.resident.len() >= self.resident_max {
+            let _evicted = self.resident.evict(|resident| {
+                let keep = resident.modified || resident.writing > 0 || resident.visited;
+                resident.visited = false;
+                if keep { Verdict::Keep } else { Verdict::Evict }
+            });
+        }
+        self.resident
+            .insert(block, Block { data, modified: false, writing: 0, visited: true });
+    }
+
+    /// Takes in a block that growth has written to the file.
+    pub(super) fn add_unnamed(&mut self, block: u64, host_offset: u64, data: AlignedBytes) {
+        if let Some(entry) = usize::try_from(block).ok().and_then(|i| self.table.get_mut(i)) {
+            *entry = host_offset;
+        }
+        self.insert(block, data);
+        self.unnamed.push(Unnamed { block, durable: false, used: false });
+    }
+
+    /// A longer table took the place of this one, with every block of it named and durable.
+    pub(super) fn replace_table(&mut self, table: Vec<u64>) {
+        self.table = table;
+        self.unnamed.clear();
+    }
+
+    pub(super) fn insert_named(&mut self, block: u64, data: AlignedBytes) {
+        self.insert(block, data);
+    }
+}
+
+impl Allocator {
+    /// Makes a block resident.
+    pub(super) async fn load_block<S: Storage>(
+        &self,
+        storage: &S,
+        block: u64,
+    ) -> Result<(), Error> {
+        let host_offset = loop {
+            let listener = {
+                let mut state = lock(&self.state);
+                if state.blocks.resident.get(block).is_some() {
+                    return Ok(());
+                }
+                if let Some(event) = state.blocks.loading.get(&block) {
+                    event.listen()
+                } else {
+                    let host_offset = state.blocks.table_entry(block);
+                    self.check_block_offset(block, host_offset, state.end)?;
+                    state.blocks.loading.insert(block, Arc::new(Event::new()));
+                    break host_offset;
+                }
+            };
+            listener.await;
+        };
+        let loading = Loading { allocator: self, block };
+        let cluster_size = usize::try_from(self.geometry.cluster_size()).unwrap_or(usize::MAX);
+        let (read, buf) =
+            storage.read_buf(self.file, host_offset, AlignedBuf::zeroed(cluster_size)).await;
+        read.map_err(|error| {
+            Error::io(format!("cannot read the refcount block at {host_offset:#x}"), error)
+        })?;
+        lock(&self.state).blocks.insert(block, Box::from(&buf[..]));
+        drop(loading);
+        Ok(())
+    }
+
+    fn check_block_offset(&self, block: u64, host_offset: u64, end: u64) -> Result<(), Error> {
+        let cluster_size = self.geometry.cluster_size();
+        let fault = if host_offset == 0 {
+            "is missing"
+        } else if host_offset % cluster_size != 0 {
+            "is not aligned to a cluster"
+        } else if host_offset / cluster_size >= end {
+            "lies beyond the end of the file"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("refcount block {block} at {host_offset:#x} {fault}"),
+        ))
+    }
+
+    /// Copies every modified block and lists the table entries that are not in the file.
+    /// A copied block stays resident until [`Self::copies_written`].
+    pub(crate) fn collect(&self) -> (Vec<BlockCopy>, Vec<TableWrite>) {
+        let mut state = lock(&self.state);
+        let table_offset = state.table_offset;
+        let blocks = &mut state.blocks;
+        let mut copies = Vec::new();
+        for block in std::mem::take(&mut blocks.modified) {
+            let host_offset = blocks.table_entry(block);
+            if let Some(resident) = blocks.resident.get_mut(block) {
+                resident.modified = false;
+                resident.writing += 1;
+                copies.push(BlockCopy { block, host_offset, bytes: resident.data.clone() });
+            }
+        }
+        let names = blocks
+            .unnamed
+            .iter()
+            .map(|unnamed| TableWrite {
+                block: unnamed.block,
+                host_offset: table_offset + unnamed.block * 8,
+                entry: blocks.table_entry(unnamed.block),
+                durable: unnamed.durable,
+                used: unnamed.used,
+            })
+            .collect();
+        (copies, names)
+    }
+
+    /// The copies have reached the file (or the image has failed).
+    pub(crate) fn copies_written(&self, copies: &[BlockCopy]) {
+        let mut state = lock(&self.state);
+        for copy in copies {
+            if let Some(resident) = state.blocks.resident.get_mut(copy.block) {
+                resident.writing = resident.writing.saturating_sub(1);
+            }
+        }
+    }
+
+    /// An `fdatasync` that began after these blocks were written has succeeded.
+    pub(crate) fn names_durable_content(&self, names: &[TableWrite]) {
+        let mut state = lock(&self.state);
+        for unnamed in &mut state.blocks.unnamed {
+            unnamed.durable |= names.iter().any(|name| name.block == unnamed.block);
+        }
+    }
+
+    /// The table entries of these blocks are in the file, durably.
+    pub(crate) fn named(&self, names: &[TableWrite]) {
+        let mut state = lock(&self.state);
+        state
+            .blocks
+            .unnamed
+            .retain(|unnamed| !names.iter().any(|name| name.block == unnamed.block));
+    }
+}
+
+/// Wakes who waits for a block, also when loading failed or its future was dropped.
+struct Loading<'a> {
+    allocator: &'a Allocator,
+    block: u64,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        if let Some(event) = lock(&self.allocator.state).blocks.loading.remove(&self.block) {
+            event.notify(usize::MAX);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Growing the file: the next chunk of clusters with the refcount blocks that count them, and a
+//! longer refcount table when the present one cannot name more blocks.
+//!
+//! Allowed outcomes of a power cut: the file is longer or not; a new block is in the file, named
+//! or not. A named block always has its content (it counts itself), because its content is
+//! durable before its name is written (see `blocks`). The longer table is durable, with its own
+//! clusters counted, before the header names it.
+
+use std::ops::Range;
+
+use super::{Allocator, State};
+use crate::engine::error::{Error, ErrorKind, lock};
+use crate::format::geometry::REFTABLE_BYTES_MAX;
+use crate::format::refcount;
+use crate::storage::{AlignedBuf, SgList, Storage};
+use crate::units::HostOffset;
+
+/// Growth per chunk: an eighth of the file, at least this many clusters ...
+const CHUNK_CLUSTERS_MIN: u64 = 64;
+/// ... and at most this many bytes.
+const CHUNK_BYTES_MAX: u64 = 64 << 20;
+
+/// A refcount block to be made: its index and the cluster that it will live in.
+#[derive(Clone, Copy, Debug)]
+struct NewBlock {
+    block: u64,
+    cluster: u64,
+}
+
+/// What growing will do.
+struct Plan {
+    clusters: Range<u64>,
+    new_blocks: Vec<NewBlock>,
+}
+
+impl Allocator {
+    /// Adds a chunk of clusters. The caller holds the exclusive right to grow.
+    pub(super) async fn grow<S: Storage>(&self, storage: &S) -> Result<(), Error> {
+        let device_clusters = if self.can_grow {
+            u64::MAX
+        } else {
+            let len = storage
+                .len(self.file)
+                .map_err(|error| Error::io("cannot get the length of the image", error))?;
+            len / self.geometry.cluster_size()
+        };
+        let (start, covered) = {
+            let state = lock(&self.state);
+            let entries = self.geometry.refcount_block_entries();
+            (state.end, state.blocks.table_len().saturating_mul(entries))
+        };
+        if start >= device_clusters {
+            return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
+        }
+        if start >= covered {
+            return self.grow_table(storage, start, device_clusters).await;
+        }
+        let chunk = (start / 8)
+            .min(CHUNK_BYTES_MAX >> self.geometry.cluster_bits())
+            .max(CHUNK_CLUSTERS_MIN);
+        let end = (start + chunk).min(covered).min(device_clusters);
+        let plan = self.plan(start..end);
+        self.extend_file(storage, end).await?;
+        self.write_blocks(storage, &plan.new_blocks, &[]).await?;
+        // Blocks that exist already may count clusters of the chunk (leaks past the old end).
+        let entries = self.geometry.refcount_block_entries();
+        for block in self.block_index(start)..=self.block_index(end - 1) {
+            if !plan.new_blocks.iter().any(|new| new.block == block) {
+                self.load_block(storage, block).await?;
+                let known = lock(&self.state).free.knows(block);
+                if !known {
+                    self.scan(storage, block).await?;
+                }
+            }
+        }
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        for new in &plan.new_blocks {
+            let bytes = self.new_block_bytes(*new, &[]);
+            state.blocks.add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
+            lock(&self.protected).add(new.cluster..new.cluster + 1);
+        }
+        self.open_clusters(state, plan.clusters.clone(), entries)?;
+        Ok(())
+    }
+
+    /// Which blocks the clusters need, and where those go: into the first cluster of their own
+    /// part of the chunk.
+    fn plan(&self, clusters: Range<u64>) -> Plan {
+        let entries = self.geometry.refcount_block_entries();
+        let state = lock(&self.state);
+        let mut new_blocks = Vec::new();
+        for block in self.block_index(clusters.start)..=self.block_index(clusters.end - 1) {
+            if state.blocks.table_entry(block) == 0 {
+                new_blocks.push(NewBlock { block, cluster: clusters.start.max(block * entries) });
+            }
+        }
+        Plan { clusters, new_blocks }
+    }
+
+    async fn extend_file<S: Storage>(&self, storage: &S, end: u64) -> Result<(), Error> {
+        if !self.can_grow {
+            return Ok(());
+        }
+        storage
+            .set_len(self.file, self.offset(end).get())
+            .await
+            .map_err(|error| Error::io("cannot extend the image", error))
+    }
+
+    /// A block that counts itself, and what else of `counted` it covers.
+    fn new_block_bytes(&self, new: NewBlock, counted: &[Range<u64>]) -> Box<[u8]> {
+        let entries = self.geometry.refcount_block_entries();
+        let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
+        let mut bytes = vec![0; len].into_boxed_slice();
+        let own = [new.cluster..new.cluster + 1];
+        for range in own.iter().chain(counted) {
+            let covered = new.block * entries..(new.block + 1) * entries;
+            for cluster in range.start.max(covered.start)..range.end.min(covered.end) {
+                let index = usize::try_from(cluster % entries).unwrap_or(0);
+                refcount::set(&mut bytes, self.geometry.refcount_order(), index, 1);
+            }
+        }
+        bytes
+    }
+
+    async fn write_blocks<S: Storage>(
+        &self,
+        storage: &S,
+        new_blocks: &[NewBlock],
+        counted: &[Range<u64>],
+    ) -> Result<(), Error> {
+        for new in new_blocks {
+            let bytes = self.new_block_bytes(*new, counted);
+            let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
+            storage.write(self.file, self.offset(new.cluster).get(), sg).await.map_err(
+                |error| Error::io("cannot write a new refcount block", error),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Hands the clusters of a chunk to the free maps.
+    fn open_clusters(
+        &self,
+        state: &mut State,
+        clusters: Range<u64>,
+        entries: u64,
+    ) -> Result<(), Error> {
+        // Whether old bytes of a device are zero is unknown.
+        if self.can_grow && state.fresh_from == u64::MAX {
+            state.fresh_from = clusters.start;
+        }
+        state.end = clusters.end;
+        for block in self.block_index(clusters.start)..=self.block_index(clusters.end - 1) {
+            let part = clusters.start.max(block * entries)..clusters.end.min((block + 1) * entries);
+            if !state.free.knows(block) {
+                let below = block * entries..part.start;
+                state.free.learn(block, below, |_| false);
+            }
+            let Some(counts) = state.blocks.get(block) else {
+                return Err(Error::new(
+                    ErrorKind::Failed,
+                    "the refcount cache is too small to grow the image",
+                ));
+            };
+            let free: Vec<u64> = part
+                .filter(|cluster| {
+                    let index = usize::try_from(cluster % entries).unwrap_or(0);
+                    counts.get(index) == 0
+                })
+                .collect();
+            let protected = lock(&self.protected);
+            for cluster in free {
+                if !protected.overlaps(&(cluster..cluster + 1)) {
+                    state.free.set_free(cluster, 1, entries);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the refcount table to a longer place past everything it covers now.
+    async fn grow_table<S: Storage>(
+        &self,
+        storage: &S,
+        start: u64,
+        device_clusters: u64,
+    ) -> Result<(), Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let (mut table, old_offset, old_clusters) = {
+            let state = lock(&self.state);
+            (state.blocks.table().to_vec(), state.table_offset, u64::from(state.table_clusters))
+        };
+        // Twice as long, or enough to reach `start` with room for a chunk.
+        let reach = (start + CHUNK_CLUSTERS_MIN).div_ceil(entries) + 1;
+        let table_clusters = (old_clusters * 2).max((reach + 1).div_ceil(per_cluster));
+        let bytes_max = REFTABLE_BYTES_MAX.max(self.geometry.cluster_size());
+        if table_clusters.saturating_mul(self.geometry.cluster_size()) > bytes_max {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "the refcount table is as long as the format's users accept: no more clusters",
+            ));
+        }
+        // The table first, then every block that is needed to count the table and the blocks.
+        let own = start..start + table_clusters;
+        let mut new_blocks: Vec<NewBlock> = Vec::new();
+        let mut end = own.end;
+        let mut block = self.block_index(start);
+        while block <= self.block_index(end - 1) {
+            new_blocks.push(NewBlock { block, cluster: end });
+            end += 1;
+            block += 1;
+        }
+        if end > device_clusters {
+            return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
+        }
+        let counted = [own.start..end];
+        self.extend_file(storage, end).await?;
+        self.write_blocks(storage, &new_blocks, &counted).await?;
+        let table_len = usize::try_from(table_clusters * per_cluster).unwrap_or(usize::MAX);
+        table.resize(table_len, 0);
+        for new in &new_blocks {
+            if let Some(entry) = usize::try_from(new.block).ok().and_then(|i| table.get_mut(i)) {
+                *entry = self.offset(new.cluster).get();
+            }
+        }
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let table_offset = self.offset(start).get();
+        let fault = |error| Error::io("cannot write a longer refcount table", error);
+        let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
+        storage.write(self.file, table_offset, sg).await.map_err(fault)?;
+        storage.sync_data(self.file).await.map_err(fault)?;
+        let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
+        self.header
+            .update(storage, |header| {
+                header.refcount_table_offset = HostOffset::new(table_offset);
+                header.refcount_table_clusters = clusters_word;
+            })
+            .await
+            .map_err(|error| Error::new(ErrorKind::Failed, error.chain()))?;
+        {
+            let mut state = lock(&self.state);
+            let state = &mut *state;
+            state.blocks.replace_table(table);
+            state.table_offset = table_offset;
+            state.table_clusters = clusters_word;
+            for new in &new_blocks {
+                let bytes = self.new_block_bytes(*new, &counted);
+                state.blocks.insert_named(new.block, bytes);
+            }
+            lock(&self.protected).add(own.start..end);
+            self.open_clusters(state, start..end, entries)?;
+        }
+        let old_start = old_offset >> self.geometry.cluster_bits();
+        lock(&self.protected).remove(&(old_start..old_start + old_clusters));
+        let epoch = self.board.end_epoch();
+        self.release(storage, old_start, old_clusters, epoch, false).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chunk_limits_agree() {
+        const { assert!(CHUNK_BYTES_MAX >> 21 >= 1) };
+        const { assert!(CHUNK_CLUSTERS_MIN >= 2) };
+    }
+}

@@ -1,0 +1,459 @@
+//! Host clusters: reserve, publish, release.
+//!
+//! - *Reserving* takes clusters out of the free bitmaps in memory only; nothing reaches the file,
+//!   so that a crash leaks nothing.
+//! - *Publishing* counts a reserved cluster once, in the resident refcount block. A flush writes
+//!   the block before any table entry that needs it.
+//! - *Releasing* takes one reference away after the unlinking table is durable. A cluster whose
+//!   count reaches zero is *quarantined* until every request that may have resolved it is done
+//!   and its hole is punched; only then it is free.
+//!
+//! Free clusters are found through one bitmap per refcount block, built when the block is first
+//! looked at; finding is constant amortised. When nothing is free the file grows in chunks, with
+//! the refcount blocks for the chunk made ahead of their use.
+//!
+//! Invariants: a bit is set only for a cluster that is below `end`, has refcount 0, is reserved by
+//! nobody, is not protected and not quarantined. `fresh_from` bounds clusters that were never
+//! handed out since the file grew: they read as zeroes.
+
+mod blocks;
+mod free_map;
+mod grow;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use event_listener::Event;
+
+use self::blocks::Blocks;
+use self::free_map::FreeMaps;
+use super::cache::SliceKey;
+use super::cache::store::Store;
+use super::error::{Error, ErrorKind, lock};
+use super::header_owner::HeaderOwner;
+use super::order::keeps;
+use super::pin::PinBoard;
+use super::protected::Protected;
+use crate::format::geometry::Geometry;
+use crate::storage::{FileId, Storage};
+use crate::units::HostOffset;
+
+pub(crate) use self::blocks::{BlockCopy, TableWrite};
+
+/// A run of host clusters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Run {
+    pub(crate) start: u64,
+    pub(crate) count: u64,
+    /// The clusters were never handed out since the file grew: they read as zeroes.
+    pub(crate) fresh: bool,
+}
+
+impl Run {
+    /// No clusters.
+    pub(crate) const EMPTY: Self = Self { start: 0, count: 0, fresh: false };
+}
+
+/// What `open` knows about the file.
+#[derive(Debug)]
+pub(crate) struct AllocatorParts {
+    pub(crate) geometry: Geometry,
+    pub(crate) file: FileId,
+    pub(crate) slice_bits: u32,
+    /// Raw refcount table entries.
+    pub(crate) table: Vec<u64>,
+    pub(crate) table_offset: u64,
+    pub(crate) table_clusters: u32,
+    /// Shared with the layer, which judges table entries by it.
+    pub(crate) protected: Arc<Mutex<Protected>>,
+    /// Length of the host file in bytes.
+    pub(crate) file_len: u64,
+    pub(crate) can_grow: bool,
+    /// Punch holes for freed clusters.
+    pub(crate) discard: bool,
+    /// Budget for refcount blocks in bytes.
+    pub(crate) cache_bytes: u64,
+}
+
+/// Clusters without references that may still be in use.
+#[derive(Debug)]
+struct Quarantined {
+    /// Pins up to here may use them.
+    epoch: u64,
+    start: u64,
+    count: u64,
+    /// L2 tables: cached slices of them go before the clusters can be reused.
+    tables: bool,
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(crate) struct Allocator {
+    geometry: Geometry,
+    file: FileId,
+    can_grow: bool,
+    discard: bool,
+    board: Arc<PinBoard>,
+    header: Arc<HeaderOwner>,
+    store: Arc<Store>,
+    slice_bits: u32,
+    /// Locked after `state`.
+    protected: Arc<Mutex<Protected>>,
+    state: Mutex<State>,
+    /// Notified when growing ends.
+    grown: Event,
+}
+
+#[derive(Debug)]
+struct State {
+    blocks: Blocks,
+    free: FreeMaps,
+    /// Clusters below this are managed; the file is at least this long.
+    end: u64,
+    /// `end` at open: the file is never cut below it.
+    end_at_open: u64,
+    /// Where the refcount table is.
+    table_offset: u64,
+    table_clusters: u32,
+    fresh_from: u64,
+    growing: bool,
+    quarantine: VecDeque<Quarantined>,
+}
+
+/// What must happen before a reservation can succeed.
+enum Need {
+    Scan(u64),
+    Grow,
+    WaitForGrowth(event_listener::EventListener),
+}
+
+impl Allocator {
+    pub(crate) fn new(
+        parts: AllocatorParts,
+        board: Arc<PinBoard>,
+        header: Arc<HeaderOwner>,
+        store: Arc<Store>,
+    ) -> Self {
+        let cluster_size = parts.geometry.cluster_size();
+        let mut end = parts.file_len.div_ceil(cluster_size);
+        if !parts.can_grow {
+            // A device does not grow: its unmanaged part is what no refcount block covers yet.
+            let covered = parts.table.iter().take_while(|entry| **entry != 0).count();
+            let covered = u64::try_from(covered).unwrap_or(u64::MAX);
+            end = (parts.file_len / cluster_size)
+                .min(covered.saturating_mul(parts.geometry.refcount_block_entries()));
+        }
+        let blocks_max = parts.cache_bytes / cluster_size;
+        Self {
+            geometry: parts.geometry,
+            file: parts.file,
+            can_grow: parts.can_grow,
+            discard: parts.discard,
+            board,
+            header,
+            store,
+            slice_bits: parts.slice_bits,
+            protected: parts.protected,
+            state: Mutex::new(State {
+                blocks: Blocks::new(parts.geometry, parts.table, blocks_max),
+                free: FreeMaps::default(),
+                end,
+                end_at_open: end,
+                table_offset: parts.table_offset,
+                table_clusters: parts.table_clusters,
+                fresh_from: u64::MAX,
+                growing: false,
+                quarantine: VecDeque::new(),
+            }),
+            grown: Event::new(),
+        }
+    }
+
+    /// The host offset of a cluster index.
+    pub(crate) fn offset(&self, cluster: u64) -> HostOffset {
+        HostOffset::new(cluster << self.geometry.cluster_bits())
+    }
+
+    fn block_index(&self, cluster: u64) -> u64 {
+        cluster / self.geometry.refcount_block_entries()
+    }
+
+    /// Takes up to `count` contiguous free clusters, at least one.
+    ///
+    /// # Errors
+    /// `NoSpace` when the host or the device has no more, `Io`/`Corrupt` when a refcount block
+    /// cannot be loaded. Nothing is taken then.
+    pub(crate) async fn reserve<S: Storage>(&self, storage: &S, count: u64) -> Result<Run, Error> {
+        let mut reclaimed = false;
+        loop {
+            let need = {
+                let mut state = lock(&self.state);
+                if let Some(run) = state.take_free(count) {
+                    return Ok(run);
+                }
+                match state.next_scan(self.geometry.refcount_block_entries()) {
+                    Some(block) => Need::Scan(block),
+                    None if state.growing => Need::WaitForGrowth(self.grown.listen()),
+                    None => {
+                        state.growing = true;
+                        Need::Grow
+                    }
+                }
+            };
+            match need {
+                Need::Scan(block) => self.scan(storage, block).await?,
+                Need::WaitForGrowth(listener) => listener.await,
+                Need::Grow => {
+                    let ending = GrowthEnd { allocator: self };
+                    let grown = if reclaimed {
+                        self.grow(storage).await
+                    } else {
+                        // Quarantined clusters that nobody uses any more come before growth.
+                        reclaimed = true;
+                        if self.reclaim(storage).await { Ok(()) } else { self.grow(storage).await }
+                    };
+                    drop(ending);
+                    grown?;
+                }
+            }
+        }
+    }
+
+    /// Gives reserved clusters back that were never published.
+    pub(crate) fn give_back(&self, start: u64, count: u64) {
+        if count > 0 {
+            let entries = self.geometry.refcount_block_entries();
+            lock(&self.state).free.set_free(start, count, entries);
+        }
+    }
+
+    /// Counts reserved clusters once. They may be linked afterwards.
+    ///
+    /// # Errors
+    /// `Io`/`Corrupt` when a refcount block cannot be loaded; nothing is counted then.
+    pub(crate) async fn publish<S: Storage>(
+        &self,
+        storage: &S,
+        start: u64,
+        count: u64,
+    ) -> Result<(), Error> {
+        let mut published = 0;
+        let result = self
+            .update(storage, start, count, |cluster, refcount, _| {
+                assert_eq!(refcount, 0, "reserved cluster {cluster:#x} has a reference");
+                published += 1;
+                Ok(1)
+            })
+            .await;
+        if result.is_err() && published > 0 {
+            // Blocks that were just modified are resident: this cannot fail.
+            self.update(storage, start, published, |_, _, _| Ok(0)).await?;
+        }
+        result
+    }
+
+    /// Takes one reference away from each cluster. Their unlinking must be durable.
+    ///
+    /// # Errors
+    /// `Corrupt` when a count is zero already.
+    pub(crate) async fn release<S: Storage>(
+        &self,
+        storage: &S,
+        start: u64,
+        count: u64,
+        epoch: u64,
+        tables: bool,
+    ) -> Result<(), Error> {
+        self.update(storage, start, count, |cluster, refcount, quarantine| {
+            let Some(less) = refcount.checked_sub(1) else {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("host cluster {cluster:#x} is freed, but its refcount is 0 already"),
+                ));
+            };
+            if less == 0 {
+                match quarantine.back_mut() {
+                    Some(last)
+                        if (last.epoch, last.tables) == (epoch, tables)
+                            && last.start + last.count == cluster =>
+                    {
+                        last.count += 1;
+                    }
+                    _ => {
+                        let start = cluster;
+                        quarantine.push_back(Quarantined { epoch, start, count: 1, tables });
+                    }
+                }
+            }
+            Ok(less)
+        })
+        .await
+    }
+
+    async fn update<S: Storage>(
+        &self,
+        storage: &S,
+        start: u64,
+        count: u64,
+        mut change: impl FnMut(u64, u64, &mut VecDeque<Quarantined>) -> Result<u64, Error>,
+    ) -> Result<(), Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let mut cluster = start;
+        while cluster < start + count {
+            let block = self.block_index(cluster);
+            let run = (start + count - cluster).min((block + 1) * entries - cluster);
+            // A block learns what is free before one of its counts changes: a quarantined cluster
+            // has refcount 0, but is not free.
+            if !lock(&self.state).free.knows(block) {
+                self.scan(storage, block).await?;
+            }
+            self.load_block(storage, block).await?;
+            let mut state = lock(&self.state);
+            let state = &mut *state;
+            // Evicted between loading and locking: load again.
+            let Some(mut counts) = state.blocks.modify(block) else { continue };
+            for at in cluster..cluster + run {
+                let index = usize::try_from(at % entries).unwrap_or(0);
+                let value = change(at, counts.get(index), &mut state.quarantine)?;
+                counts.set(index, value);
+            }
+            cluster += run;
+        }
+        Ok(())
+    }
+
+    /// Frees quarantined clusters that no request uses any more. True: at least one.
+    pub(crate) async fn reclaim<S: Storage>(&self, storage: &S) -> bool {
+        let mut freed = false;
+        loop {
+            let Quarantined { start, count, tables, .. } = {
+                let mut state = lock(&self.state);
+                let Some(front) = state.quarantine.front() else { return freed };
+                if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
+                    return freed;
+                }
+                let Some(front) = state.quarantine.pop_front() else { return freed };
+                front
+            };
+            if tables {
+                // Who resolved through the old table has finished: nobody loads it again.
+                self.retire_tables(start, count);
+            }
+            if self.discard {
+                let len = count << self.geometry.cluster_bits();
+                let punched = storage.punch_hole(self.file, self.offset(start).get(), len).await;
+                if let Err(error) = punched {
+                    // The clusters are free all the same; only their blocks stay allocated.
+                    log::warn!(
+                        "cannot punch a hole at {:#x} (+{len:#x}): {error}",
+                        self.offset(start).get()
+                    );
+                }
+            }
+            self.give_back(start, count);
+            freed = true;
+        }
+    }
+
+    fn retire_tables(&self, start: u64, count: u64) {
+        let slice_bytes = 1 << self.slice_bits;
+        let len = count << self.geometry.cluster_bits();
+        let mut at = 0;
+        while at < len {
+            self.store.retire(SliceKey::new(0, self.offset(start) + at));
+            at += slice_bytes;
+        }
+    }
+
+    /// Builds the free bitmap of a block.
+    async fn scan<S: Storage>(&self, storage: &S, block: u64) -> Result<(), Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let named = lock(&self.state).blocks.table_entry(block) != 0;
+        if named {
+            self.load_block(storage, block).await?;
+        }
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        let clusters = block * entries..((block + 1) * entries).min(state.end);
+        if named {
+            let Some(counts) = state.blocks.get(block) else { return Ok(()) };
+            if !state.free.knows(block) {
+                let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
+                state.free.learn(block, clusters, |cluster| {
+                    let index = usize::try_from(cluster % entries).unwrap_or(0);
+                    counts.get(index) == 0 && !protected.iter().any(|range| range.contains(&cluster))
+                });
+            }
+        } else if !state.free.knows(block) {
+            // No block covers these clusters, so they cannot be counted: not ours to use.
+            state.free.learn(block, clusters, |_| false);
+        }
+        Ok(())
+    }
+
+    /// Cuts off what growth added and nobody uses. Only when nothing else runs.
+    pub(crate) async fn trim<S: Storage>(&self, storage: &S) -> Result<(), Error> {
+        if !self.can_grow {
+            return Ok(());
+        }
+        let (end, used_end) = {
+            let state = lock(&self.state);
+            let entries = self.geometry.refcount_block_entries();
+            let mut used_end = state.end;
+            while used_end > state.end_at_open && state.free.is_free(used_end - 1, entries) {
+                used_end -= 1;
+            }
+            (state.end, used_end)
+        };
+        if used_end < end {
+            storage
+                .set_len(self.file, self.offset(used_end).get())
+                .await
+                .map_err(|error| Error::io("cannot cut the unused end off the image", error))?;
+            let mut state = lock(&self.state);
+            state.free.forget_from(used_end, self.geometry.refcount_block_entries());
+            state.end = used_end;
+            state.fresh_from = state.fresh_from.min(used_end);
+        }
+        Ok(())
+    }
+
+    /// Where managed clusters end, in bytes: entries at or past it are dangling.
+    pub(crate) fn end_offset(&self) -> u64 {
+        self.offset(lock(&self.state).end).get()
+    }
+
+    /// Number of clusters that may be used right now without growing (for tests and statistics).
+    #[cfg(test)]
+    pub(crate) fn free_clusters(&self) -> u64 {
+        lock(&self.state).free.count()
+    }
+}
+
+/// Ends the exclusive right to grow, also when the future is dropped.
+struct GrowthEnd<'a> {
+    allocator: &'a Allocator,
+}
+
+impl Drop for GrowthEnd<'_> {
+    fn drop(&mut self) {
+        lock(&self.allocator.state).growing = false;
+        self.allocator.grown.notify(usize::MAX);
+    }
+}
+
+impl State {
+    fn take_free(&mut self, count: u64) -> Option<Run> {
+        let (start, count) = self.free.take(count)?;
+        let fresh = start >= self.fresh_from;
+        if start + count > self.fresh_from {
+            self.fresh_from = start + count;
+        }
+        Some(Run { start, count, fresh })
+    }
+
+    /// The next block whose free clusters are not known, lowest first.
+    fn next_scan(&self, entries: u64) -> Option<u64> {
+        self.free.first_unknown(self.end.div_ceil(entries))
+    }
+}

@@ -1,0 +1,163 @@
+//! One worker's direct-mapped directory of slice bodies.
+//!
+//! Slot `(offset / slice_size) % slots`; a hit is one compare and a look at the retired flag. What
+//! a slot conflict displaces goes to the put table. The directory is owned by one thread; nothing
+//! in it is shared but the bodies.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::SliceKey;
+use super::put_table::{PutTable, Ticket};
+use super::slice::SliceBody;
+
+/// Cache counters of one worker: written by it, read by anybody.
+#[derive(Debug, Default)]
+pub struct CacheCounters {
+    hits: AtomicU64,
+    misses: AtomicU64,
+    put_table_hits: AtomicU64,
+}
+
+/// A reading of [`CacheCounters`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CacheStats {
+    /// Lookups that the directory answered.
+    pub hits: u64,
+    /// Lookups that neither the directory nor the put table answered.
+    pub misses: u64,
+    /// Lookups that the put table answered.
+    pub put_table_hits: u64,
+}
+
+impl CacheCounters {
+    /// The counters now.
+    #[must_use]
+    pub fn stats(&self) -> CacheStats {
+        CacheStats {
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+            put_table_hits: self.put_table_hits.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Adds one to a counter that only this thread writes.
+#[inline]
+fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    slots: Vec<Option<Arc<SliceBody>>>,
+    mask: usize,
+    put_table: PutTable,
+    counters: Arc<CacheCounters>,
+}
+
+impl Directory {
+    /// A directory of at least `slots` slots (rounded up to a power of two).
+    pub(crate) fn new(slots: usize, counters: Arc<CacheCounters>) -> Self {
+        let count = slots.max(16).next_power_of_two();
+        let mut table = Vec::new();
+        table.resize_with(count, || None);
+        Self { slots: table, mask: count - 1, put_table: PutTable::default(), counters }
+    }
+
+    #[inline]
+    fn slot(&self, key: SliceKey, slice_bits: u32) -> usize {
+        // The layer's bits lie above any realistic slot count: mix them in.
+        let number = (key.get() >> slice_bits) ^ (key.get() >> 53);
+        usize::try_from(number).unwrap_or(0) & self.mask
+    }
+
+    /// The live body of `key`, if this worker has it. No lock, no shared write.
+    #[inline]
+    pub(crate) fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&Arc<SliceBody>> {
+        let slot = self.slot(key, slice_bits);
+        let hit = matches!(&self.slots[slot], Some(body) if body.key() == key && !body.is_retired());
+        if hit {
+            bump(&self.counters.hits);
+        } else {
+            let Some(body) = self.put_table.get(key) else {
+                bump(&self.counters.misses);
+                return None;
+            };
+            bump(&self.counters.put_table_hits);
+            self.install(body, slice_bits);
+        }
+        let body = self.slots[slot].as_ref()?;
+        body.visit();
+        Some(body)
+    }
+
+    /// Puts a body into its slot; what was there moves to the put table.
+    pub(crate) fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
+        let slot = self.slot(body.key(), slice_bits);
+        if let Some(displaced) = self.slots[slot].replace(body)
+            && !displaced.is_retired()
+        {
+            self.put_table.remember(displaced);
+        }
+    }
+
+    pub(crate) fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
+        self.put_table.pin(body)
+    }
+
+    pub(crate) fn put(&mut self, ticket: &Ticket) {
+        self.put_table.put(ticket);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::HostOffset;
+
+    fn body(host_offset: u64) -> Arc<SliceBody> {
+        let entries = (0..512).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(SliceBody::new(SliceKey::new(0, HostOffset::new(host_offset)), entries, false))
+    }
+
+    #[test]
+    fn a_displaced_slice_is_found_in_the_put_table() {
+        let counters = Arc::new(CacheCounters::default());
+        let mut directory = Directory::new(16, Arc::clone(&counters));
+        let (first, second) = (body(0x1_0000), body(0x1_0000 + 16 * 4096));
+        directory.install(Arc::clone(&first), 12);
+        directory.install(Arc::clone(&second), 12);
+        assert!(directory.get(second.key(), 12).is_some());
+        assert!(directory.get(first.key(), 12).is_some_and(|found| Arc::ptr_eq(found, &first)));
+        assert_eq!(counters.stats(), CacheStats { hits: 1, misses: 0, put_table_hits: 1 });
+    }
+
+    #[test]
+    fn a_retired_slice_is_a_miss_in_both_places() {
+        let mut directory = Directory::new(16, Arc::new(CacheCounters::default()));
+        let (first, second) = (body(0x1_0000), body(0x1_0000 + 16 * 4096));
+        directory.install(Arc::clone(&first), 12);
+        directory.install(Arc::clone(&second), 12);
+        first.retire();
+        second.retire();
+        assert!(directory.get(first.key(), 12).is_none());
+        assert!(directory.get(second.key(), 12).is_none());
+    }
+
+    #[test]
+    fn a_pinned_slice_is_not_retired_by_eviction() {
+        let mut directory = Directory::new(16, Arc::new(CacheCounters::default()));
+        let slices: Vec<_> = (0..200).map(|n| body(n * 4096)).collect();
+        let tickets: Vec<_> = slices.iter().map(|slice| directory.pin(slice)).collect();
+        assert!(slices.iter().all(|slice| !slice.try_retire()));
+        let again = directory.pin(&slices[3]);
+        for ticket in &tickets {
+            directory.put(ticket);
+        }
+        assert!(!slices[3].try_retire());
+        directory.put(&again);
+        assert!(slices.iter().all(|slice| slice.try_retire()));
+    }
+}

@@ -1,0 +1,134 @@
+//! The put table: the 64 most recently got slices of a worker, a "cache for the cache".
+//!
+//! It holds the pins of suspended requests, so that a put finds its entry by the ticket without
+//! searching the cache, and it catches what a slot conflict of the directory displaces. Sixteen
+//! sets of four: get and put look at four entries at most.
+
+use std::sync::Arc;
+
+use super::SliceKey;
+use super::slice::SliceBody;
+
+const WAYS: usize = 4;
+const SETS: usize = 16;
+/// Entries in all.
+pub(crate) const PUT_TABLE_ENTRIES: usize = WAYS * SETS;
+
+#[derive(Debug, Default)]
+struct Entry {
+    body: Option<Arc<SliceBody>>,
+    /// Suspended requests of this worker that hold the slice.
+    pins: u32,
+}
+
+/// Where a pin is kept.
+#[derive(Debug)]
+pub(crate) enum Ticket {
+    /// In the table, at this index.
+    Entry(usize),
+    /// All four entries of the set were pinned: on the body itself.
+    Body(Arc<SliceBody>),
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(crate) struct PutTable {
+    entries: [Entry; PUT_TABLE_ENTRIES],
+    /// Next victim of each set.
+    victims: [u8; SETS],
+}
+
+impl Default for PutTable {
+    fn default() -> Self {
+        Self { entries: std::array::from_fn(|_| Entry::default()), victims: [0; SETS] }
+    }
+}
+
+impl PutTable {
+    /// Fibonacci hashing: slices of neighbouring offsets spread over the sets.
+    #[inline]
+    fn set(key: SliceKey) -> usize {
+        let hash = (key.get() >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        usize::try_from(hash >> 60).unwrap_or(0)
+    }
+
+    #[inline]
+    fn position(&self, key: SliceKey) -> Option<usize> {
+        let start = Self::set(key) * WAYS;
+        (start..start + WAYS).find(|&index| {
+            self.entries[index].body.as_ref().is_some_and(|body| body.key() == key)
+        })
+    }
+
+    /// The live body of `key`, if it is here.
+    #[inline]
+    pub(crate) fn get(&mut self, key: SliceKey) -> Option<Arc<SliceBody>> {
+        let index = self.position(key)?;
+        let entry = &mut self.entries[index];
+        let body = entry.body.as_ref()?;
+        if body.is_retired() {
+            if entry.pins == 0 {
+                entry.body = None;
+            }
+            return None;
+        }
+        Some(Arc::clone(body))
+    }
+
+    /// Remembers a slice, at the cost of an unpinned one of its set.
+    pub(crate) fn remember(&mut self, body: Arc<SliceBody>) -> Option<usize> {
+        let key = body.key();
+        if let Some(index) = self.position(key) {
+            let entry = &mut self.entries[index];
+            if entry.pins == 0 {
+                entry.body = Some(body);
+                return Some(index);
+            }
+            let same = entry.body.as_ref().is_some_and(|held| Arc::ptr_eq(held, &body));
+            return same.then_some(index);
+        }
+        let set = Self::set(key);
+        let start = set * WAYS;
+        for step in 0..WAYS {
+            let way = (usize::from(self.victims[set]) + step) % WAYS;
+            let entry = &mut self.entries[start + way];
+            if entry.pins == 0 {
+                entry.body = Some(body);
+                self.victims[set] = u8::try_from((way + 1) % WAYS).unwrap_or(0);
+                return Some(start + way);
+            }
+        }
+        None
+    }
+
+    /// Pins a slice for a request that is about to suspend.
+    pub(crate) fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
+        if let Some(index) = self.remember(Arc::clone(body)) {
+            let entry = &mut self.entries[index];
+            if entry.pins == 0 {
+                body.pin();
+            }
+            entry.pins += 1;
+            Ticket::Entry(index)
+        } else {
+            body.pin();
+            Ticket::Body(Arc::clone(body))
+        }
+    }
+
+    /// Gives a pin back. No search: the ticket says where it is.
+    pub(crate) fn put(&mut self, ticket: &Ticket) {
+        match ticket {
+            Ticket::Entry(index) => {
+                let entry = &mut self.entries[*index];
+                entry.pins -= 1;
+                if entry.pins == 0
+                    && let Some(body) = &entry.body
+                {
+                    body.unpin();
+                }
+            }
+            Ticket::Body(body) => body.unpin(),
+        }
+    }
+}

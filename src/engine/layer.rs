@@ -1,0 +1,192 @@
+//! One layer of a backing chain: a raw file, or a qcow2 image's mapping.
+//!
+//! The L1 table is resident as atomics. `protected` and the file's length judge each slice once,
+//! when it is loaded.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::cache::SliceKey;
+use super::error::{Error, ErrorKind, lock};
+use super::protected::Protected;
+use crate::format::geometry::Geometry;
+use crate::format::l1::L1Entry;
+use crate::format::l2::{Cluster, L2Entry};
+use crate::storage::FileId;
+use crate::units::{GuestOffset, HostOffset, to_usize};
+
+/// A layer; layer 0 of an image is the active one.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) file: FileId,
+    /// Its index in the chain.
+    pub(crate) index: u8,
+    /// Virtual size in bytes.
+    pub(crate) size: u64,
+    pub(crate) kind: LayerKind,
+}
+
+/// What the layer's file holds.
+#[derive(Debug)]
+pub(crate) enum LayerKind {
+    /// Guest bytes at the same offset.
+    Raw,
+    /// A qcow2 image.
+    Qcow2(Mapping),
+}
+
+/// The mapping of a qcow2 image.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub(crate) geometry: Geometry,
+    pub(crate) version: u32,
+    /// zstd instead of zlib for compressed clusters.
+    pub(crate) zstd: bool,
+    /// Raw L1 entries.
+    pub(crate) l1: Box<[AtomicU64]>,
+    /// log2 of the bytes of a slice.
+    pub(crate) slice_bits: u32,
+    pub(crate) protected: Arc<Mutex<Protected>>,
+    /// Bytes of the host file at open; grows with the allocator. An entry at or past it dangles.
+    pub(crate) host_end: AtomicU64,
+}
+
+/// Where the entry of a guest offset is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EntryPlace {
+    pub(crate) l1_index: usize,
+    /// First byte of the slice within its table.
+    pub(crate) slice_in_table: u64,
+    /// Index of the entry within the slice.
+    pub(crate) index: usize,
+}
+
+impl Mapping {
+    /// Entries per slice.
+    #[inline]
+    pub(crate) fn slice_entries(&self) -> usize {
+        1 << (self.slice_bits - 3)
+    }
+
+    /// Bytes of a slice.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        1 << self.slice_bits
+    }
+
+    #[inline]
+    pub(crate) fn place(&self, offset: GuestOffset) -> EntryPlace {
+        let l2_index = self.geometry.l2_index(offset);
+        let in_slice = l2_index & ((1 << (self.slice_bits - 3)) - 1);
+        EntryPlace {
+            l1_index: to_usize(self.geometry.l1_index(offset)),
+            slice_in_table: (l2_index - in_slice) * 8,
+            index: to_usize(in_slice),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn l1_entry(&self, l1_index: usize) -> L1Entry {
+        L1Entry(self.l1.get(l1_index).map_or(0, |entry| entry.load(Ordering::Acquire)))
+    }
+
+    /// The table that an L1 entry names, judged.
+    ///
+    /// # Errors
+    /// `Corrupt` when the entry has reserved bits, is not aligned, or points past the end of the
+    /// file or into protected clusters.
+    pub(crate) fn table(&self, l1_index: usize, entry: L1Entry) -> Result<HostOffset, Error> {
+        let table = entry.table_offset().unwrap_or_default();
+        entry.validate(self.geometry).map_err(|error| {
+            Error::format(format!("L1 entry {l1_index} is {:#018x}", entry.0), error)
+        })?;
+        self.judge_host(table, &format!("L1 entry {l1_index}"))?;
+        Ok(table)
+    }
+
+    /// May a table or a data cluster be at `host`?
+    fn judge_host(&self, host: HostOffset, what: &str) -> Result<(), Error> {
+        if host.get() >= self.host_end.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{what} points to {host}, past the end of the file"),
+            ));
+        }
+        let cluster = host.get() >> self.geometry.cluster_bits();
+        if lock(&self.protected).overlaps(&(cluster..cluster + 1)) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{what} points to {host}, which holds the image's own metadata"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Decodes an L2 entry and judges where it points.
+    ///
+    /// # Errors
+    /// `Corrupt` as for [`Self::table`].
+    pub(crate) fn cluster(&self, guest: GuestOffset, entry: L2Entry) -> Result<Cluster, Error> {
+        let cluster = entry.decode(self.geometry, self.version).map_err(|error| {
+            Error::format(format!("L2 entry of guest offset {guest} is {:#018x}", entry.0), error)
+        })?;
+        match cluster {
+            Cluster::Unallocated | Cluster::ZeroPlain => {}
+            Cluster::ZeroAllocated { host, .. } | Cluster::Standard { host, .. } => {
+                self.judge_host(host, &format!("L2 entry of guest offset {guest}"))?;
+            }
+            Cluster::Compressed { host, bytes } => {
+                let what = format!("compressed L2 entry of guest offset {guest}");
+                self.judge_host(host, &what)?;
+                // The last sector may reach past the end of the file, not past its cluster.
+                let end = self.host_end.load(Ordering::Acquire);
+                let last = (host.get() + bytes - 1).min(end - 1);
+                self.judge_host(HostOffset::new(last), &what)?;
+            }
+        }
+        Ok(cluster)
+    }
+
+    /// Does any of these raw entries need a look of its own? Cheap for runs of good entries.
+    pub(crate) fn is_suspicious(&self, entries: impl Iterator<Item = u64>) -> bool {
+        let end = self.host_end.load(Ordering::Acquire);
+        let protected = lock(&self.protected);
+        let mut gap = 0..0;
+        for raw in entries {
+            if raw == 0 {
+                continue;
+            }
+            let Ok(cluster) = L2Entry(raw).decode(self.geometry, self.version) else {
+                return true;
+            };
+            let (first, last) = match cluster {
+                Cluster::Unallocated | Cluster::ZeroPlain => continue,
+                Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. } => {
+                    (host.get(), host.get())
+                }
+                Cluster::Compressed { host, bytes } => {
+                    (host.get(), (host.get() + bytes - 1).min(end.saturating_sub(1)))
+                }
+            };
+            if first >= end {
+                return true;
+            }
+            for cluster in [first, last].map(|byte| byte >> self.geometry.cluster_bits()) {
+                if !gap.contains(&cluster) {
+                    match protected.gap(cluster) {
+                        Some(found) => gap = found,
+                        None => return true,
+                    }
+                }
+            }
+        }
+        false
+    }
+}
+
+impl Layer {
+    /// The key of a slice of this layer.
+    #[inline]
+    pub(crate) fn slice_key(&self, table: HostOffset, place: &EntryPlace) -> SliceKey {
+        SliceKey::new(self.index, table + place.slice_in_table)
+    }
+}

@@ -1,0 +1,425 @@
+//! Opening: from the files of a chain to an [`Image`].
+//!
+//! Nothing is written here, except that a dirty image which is opened for writing is repaired
+//! first. Everything that the format lets us judge cheaply is judged now: the header, the places of
+//! the L1 table, the refcount table and the snapshot table, and that they do not overlap. L1 and L2
+//! entries are judged when they are used.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::active::{Active, L1State};
+use super::allocator::{Allocator, AllocatorParts};
+use super::cache::store::Store;
+use super::error::{Error, ErrorKind};
+use super::header_owner::HeaderOwner;
+use super::layer::{Layer, LayerKind, Mapping};
+use super::order::FlushGate;
+use super::pin::PinBoard;
+use super::protected::Protected;
+use super::taken::Taken;
+use super::{Image, State};
+use crate::format::geometry::Geometry;
+use crate::format::header::{CompressionType, Header};
+use crate::format::l1::L1Entry;
+use crate::format::refcount::RefcountTableEntry;
+use crate::format::snapshot::{SnapshotEntry, decode_table};
+use crate::storage::{AlignedBuf, FileId, Storage};
+use crate::units::{HostOffset, SECTOR_SIZE, align_down, to_u64, to_usize};
+
+/// Most layers of a chain: a layer's index is part of a slice's key.
+pub(crate) const LAYERS_MAX: usize = 200;
+/// L2 cache budget when none is given: what the disk needs, at most this.
+const L2_CACHE_BYTES_DEFAULT_MAX: u64 = 256 << 20;
+/// Refcount block budget when none is given.
+const REFCOUNT_CACHE_BYTES_DEFAULT: u64 = 4 << 20;
+/// Bytes of the first read: enough for the fixed fields.
+const HEADER_PROBE: u64 = 512;
+
+/// What a layer's file holds. Never probed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LayerFormat {
+    /// A qcow2 image.
+    Qcow2,
+    /// Guest bytes as they are.
+    Raw,
+}
+
+/// One file of the chain, active layer first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LayerSpec {
+    /// The file in the storage handle.
+    pub file: FileId,
+    /// What it holds.
+    pub format: LayerFormat,
+}
+
+/// How to open an image.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OpenOptions {
+    /// Never write to any file.
+    pub read_only: bool,
+    /// Give blocks of freed clusters and of discarded ranges back to the host.
+    pub discard: bool,
+    /// Make nothing durable on purpose (`cache=unsafe`).
+    pub no_flush: bool,
+    /// Bytes of L2 slices in memory; `None`: enough for the whole disk, at most 256 MiB.
+    pub l2_cache_size: Option<u64>,
+    /// Bytes of one slice: a power of two from 512; at most a cluster is used.
+    pub l2_cache_entry_size: u64,
+    /// Bytes of refcount blocks in memory; `None`: 4 MiB.
+    pub refcount_cache_size: Option<u64>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            discard: true,
+            no_flush: false,
+            l2_cache_size: None,
+            l2_cache_entry_size: 4096,
+            refcount_cache_size: None,
+        }
+    }
+}
+
+/// A parsed qcow2 layer before it becomes part of an image.
+struct Parsed {
+    header: Header,
+    l1: Box<[u64]>,
+    refcount_table: Vec<u64>,
+    protected: Protected,
+    file_len: u64,
+}
+
+impl Image {
+    /// Opens a chain of files.
+    ///
+    /// # Errors
+    /// `Corrupt` and `Unsupported` name what is wrong; `Io`, `NoSpace` (a repair); `Invalid` for
+    /// an empty or too long chain.
+    pub async fn open<S: Storage>(
+        storage: &S,
+        specs: &[LayerSpec],
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>, Error> {
+        if specs.is_empty() || specs.len() > LAYERS_MAX {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("a backing chain has 1 to {LAYERS_MAX} files, not {}", specs.len()),
+            ));
+        }
+        let board = Arc::new(PinBoard::new());
+        let mut layers = Vec::with_capacity(specs.len());
+        let mut write_side = None;
+        for (index, spec) in specs.iter().enumerate() {
+            let read_only = options.read_only || index > 0;
+            let layer_index = u8::try_from(index).unwrap_or(u8::MAX);
+            let (size, kind, parts) = match spec.format {
+                LayerFormat::Raw => {
+                    let len = file_len(storage, spec.file)?;
+                    (len, LayerKind::Raw, None)
+                }
+                LayerFormat::Qcow2 => {
+                    let parsed = parse(storage, spec.file, read_only).await.map_err(|error| {
+                        if index == 0 {
+                            error
+                        } else {
+                            error.context(format!("layer {index} of the backing chain"))
+                        }
+                    })?;
+                    // Like QEMU: a partial last sector is not part of the disk.
+                    let size = align_down(parsed.header.size, SECTOR_SIZE);
+                    let (mapping, parts) = mapping(parsed, options);
+                    (size, LayerKind::Qcow2(mapping), Some(parts))
+                }
+            };
+            layers.push(Layer { file: spec.file, index: layer_index, size, kind });
+            if index == 0 && !options.read_only {
+                write_side = parts;
+            }
+        }
+        let (bodies_max, directory_slots) = cache_size(&layers, options);
+        let store = Store::new(bodies_max);
+        let active = match (write_side, layers.first()) {
+            (Some((header, table, file_len)), Some(layer)) => {
+                Some(active(storage, layer, header, table, file_len, options, &board, &store))
+            }
+            _ => None,
+        };
+        let state = match (&active, options.read_only) {
+            (_, true) => State::ReadOnly,
+            // The first write to a qcow2 image has something to do before it.
+            (Some(_), false) => State::Opened,
+            (None, false) => State::Ready,
+        };
+        Ok(Arc::new(Self {
+            layers,
+            active,
+            board,
+            store,
+            directory_slots,
+            state: AtomicU8::new(state as u8),
+            gate: FlushGate::default(),
+            discard: options.discard,
+            no_flush: options.no_flush,
+            counters: Mutex::default(),
+            event_sink: Mutex::default(),
+        }))
+    }
+}
+
+fn file_len<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {
+    storage.len(file).map_err(|error| Error::io("cannot get the length of the image", error))
+}
+
+async fn read<S: Storage>(
+    storage: &S,
+    file: FileId,
+    offset: u64,
+    len: u64,
+    what: &str,
+) -> Result<AlignedBuf, Error> {
+    let (read, buf) = storage.read_buf(file, offset, AlignedBuf::zeroed(to_usize(len))).await;
+    read.map_err(|error| Error::io(format!("cannot read the {what} at {offset:#x}"), error))?;
+    Ok(buf)
+}
+
+/// Reads and decodes the header of a qcow2 image.
+pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result<Header, Error> {
+    let len = file_len(storage, file)?;
+    let probe = read(storage, file, 0, len.min(HEADER_PROBE), "image header").await?;
+    let cluster_bits = probe.get(20..24).and_then(|word| word.try_into().ok());
+    let cluster_bits = cluster_bits.map_or(0, u32::from_be_bytes);
+    // A value out of range is for the decoder to refuse.
+    let cluster_size = if (9..=21).contains(&cluster_bits) { 1 << cluster_bits } else { 512 };
+    let bytes = read(storage, file, 0, len.min(cluster_size), "image header").await?;
+    Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
+}
+
+async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result<Parsed, Error> {
+    let header = read_header(storage, file).await?;
+    if header.is_corrupt() && !read_only {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the image is marked corrupt: repair it (qblkd check --repair all) or open it with \
+             --read-only",
+        ));
+    }
+    let file_len = file_len(storage, file)?;
+    let geometry = header.geometry();
+    let mut places = vec![("header", 0..1)];
+    let l1_bytes = u64::from(header.l1_size) * 8;
+    let l1_offset = header.l1_table_offset.get();
+    places.push(place("L1 table", geometry, l1_offset, l1_bytes, file_len)?);
+    let table_offset = header.refcount_table_offset.get();
+    let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+    places.push(place("refcount table", geometry, table_offset, table_bytes, file_len)?);
+
+    let l1_used = geometry.l1_entries_for(header.size).min(u64::from(header.l1_size));
+    let l1 = read(storage, file, l1_offset, l1_used * 8, "L1 table").await?;
+    let l1: Box<[u64]> = words(&l1).collect();
+    let mut refcount_table = Vec::new();
+    if !read_only {
+        let table = read(storage, file, table_offset, table_bytes, "refcount table").await?;
+        refcount_table = words(&table).collect();
+    }
+    let snapshots = snapshots(storage, file, &header, file_len).await?;
+    let snapshot_bytes = snapshots.1;
+    if header.snapshot_count > 0 {
+        let offset = header.snapshot_table_offset.get();
+        places.push(place("snapshot table", geometry, offset, snapshot_bytes, file_len)?);
+    }
+    disjoint(&places)?;
+    for (index, snapshot) in snapshots.0.iter().enumerate() {
+        let bytes = u64::from(snapshot.l1_size) * 8;
+        let name = "L1 table of a snapshot";
+        let place = place(name, geometry, snapshot.l1_offset.get(), bytes, file_len)
+            .map_err(|error| error.context(format!("snapshot {index} is damaged")))?;
+        places.push(place);
+    }
+    for (index, raw) in refcount_table.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+        let entry = RefcountTableEntry(*raw);
+        entry.validate(geometry).map_err(|error| {
+            Error::format(format!("refcount table entry {index} is {raw:#018x}"), error)
+        })?;
+        let offset = entry.block_offset().map_or(0, HostOffset::get);
+        if offset >= file_len {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("refcount block {index} at {offset:#x} lies past the end of the file"),
+            ));
+        }
+        let cluster = offset >> geometry.cluster_bits();
+        places.push(("refcount block", cluster..cluster + 1));
+    }
+    let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
+    Ok(Parsed { header, l1, refcount_table, protected, file_len })
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
+}
+
+/// The clusters of a table that must lie within the file.
+fn place(
+    name: &'static str,
+    geometry: Geometry,
+    offset: u64,
+    bytes: u64,
+    file_len: u64,
+) -> Result<(&'static str, Range<u64>), Error> {
+    let end = offset.checked_add(bytes).unwrap_or(u64::MAX);
+    // The file may end within the last cluster of a table, not before its last byte.
+    if end > file_len && bytes > 0 {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("the {name} at {offset:#x} (+{bytes:#x}) lies past the end of the file"),
+        ));
+    }
+    let start = offset >> geometry.cluster_bits();
+    Ok((name, start..start + geometry.clusters_for(bytes)))
+}
+
+fn disjoint(places: &[(&'static str, Range<u64>)]) -> Result<(), Error> {
+    for (index, (name, clusters)) in places.iter().enumerate() {
+        for (other_name, other) in &places[..index] {
+            if clusters.start < other.end && other.start < clusters.end {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("the {name} and the {other_name} overlap in the image"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The snapshot table and its length in bytes.
+async fn snapshots<S: Storage>(
+    storage: &S,
+    file: FileId,
+    header: &Header,
+    file_len: u64,
+) -> Result<(Vec<SnapshotEntry>, u64), Error> {
+    if header.snapshot_count == 0 {
+        return Ok((Vec::new(), 0));
+    }
+    let offset = header.snapshot_table_offset.get();
+    let fault = |error| Error::format("the snapshot table is damaged", error);
+    // Most tables are far shorter than the limit: read on only if the first piece is too short.
+    let whole = file_len.saturating_sub(offset);
+    let mut len = whole.min(1 << 20);
+    loop {
+        let bytes = read(storage, file, offset, len, "snapshot table").await?;
+        let decoded = decode_table(&bytes, header.snapshot_count);
+        match decoded {
+            Ok(entries) => {
+                let used = crate::format::snapshot::encode_table(&entries).map_err(fault)?;
+                // The padding of the last entry may lie past the end of the file.
+                return Ok((entries, to_u64(used.len()).min(whole)));
+            }
+            Err(error) => {
+                let limit = whole.min(crate::format::geometry::SNAPSHOT_TABLE_BYTES_MAX);
+                if len >= limit {
+                    return Err(fault(error));
+                }
+                len = limit;
+            }
+        }
+    }
+}
+
+type WriteParts = (Header, Vec<u64>, u64);
+
+fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
+    let geometry = parsed.header.geometry();
+    let slice_bytes = options.l2_cache_entry_size.clamp(512, geometry.cluster_size());
+    let mapping = Mapping {
+        geometry,
+        version: parsed.header.version,
+        zstd: parsed.header.compression_type == CompressionType::Zstd,
+        l1: parsed.l1.iter().map(|raw| AtomicU64::new(*raw)).collect(),
+        slice_bits: slice_bytes.ilog2(),
+        protected: Arc::new(Mutex::new(parsed.protected)),
+        host_end: AtomicU64::new(parsed.file_len),
+    };
+    (mapping, (parsed.header, parsed.refcount_table, parsed.file_len))
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is one part of what open has gathered")]
+fn active<S: Storage>(
+    storage: &S,
+    layer: &Layer,
+    header: Header,
+    table: Vec<u64>,
+    file_len: u64,
+    options: &OpenOptions,
+    board: &Arc<PinBoard>,
+    store: &Arc<Store>,
+) -> Active {
+    let LayerKind::Qcow2(mapping) = &layer.kind else {
+        unreachable!("only a qcow2 layer has a header");
+    };
+    let owned_since = mapping
+        .l1
+        .iter()
+        .map(|raw| L1Entry(raw.load(Ordering::Relaxed)))
+        .map(|entry| if entry.copied() { board.generation() } else { 0 })
+        .map(AtomicU64::new)
+        .collect();
+    let clear_autoclear = header.autoclear != 0;
+    if clear_autoclear {
+        log::info!(
+            "the first write will clear autoclear features {:#x} (persistent bitmaps become \
+             invalid)",
+            header.autoclear
+        );
+    }
+    let l1_offset = header.l1_table_offset.get();
+    let parts = AllocatorParts {
+        geometry: mapping.geometry,
+        file: layer.file,
+        slice_bits: mapping.slice_bits,
+        table,
+        table_offset: header.refcount_table_offset.get(),
+        table_clusters: header.refcount_table_clusters,
+        protected: Arc::clone(&mapping.protected),
+        file_len,
+        can_grow: storage.can_grow(layer.file),
+        discard: options.discard,
+        cache_bytes: options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES_DEFAULT),
+    };
+    let header = Arc::new(HeaderOwner::new(layer.file, header));
+    let allocator =
+        Allocator::new(parts, Arc::clone(board), Arc::clone(&header), Arc::clone(store));
+    Active {
+        owned_since,
+        l1_offset,
+        l1: Mutex::new(L1State::default()),
+        taken_tables: Arc::new(Taken::default()),
+        taken: Arc::new(Taken::default()),
+        allocator,
+        dropped: Mutex::default(),
+        header,
+        clear_autoclear,
+    }
+}
+
+/// Bodies in the store, and slots of each directory.
+fn cache_size(layers: &[Layer], options: &OpenOptions) -> (usize, usize) {
+    let mut needed = 0_u64;
+    let mut slice_bytes = options.l2_cache_entry_size.max(512);
+    for layer in layers {
+        if let LayerKind::Qcow2(mapping) = &layer.kind {
+            needed += to_u64(mapping.l1.len()) * mapping.geometry.cluster_size();
+            slice_bytes = slice_bytes.min(mapping.slice_bytes());
+        }
+    }
+    let budget =
+        options.l2_cache_size.unwrap_or_else(|| needed.min(L2_CACHE_BYTES_DEFAULT_MAX));
+    let bodies = to_usize(budget / slice_bytes);
+    (bodies, bodies)
+}

@@ -1,0 +1,468 @@
+//! Write order: what must be durable before what, and the flush that sees to it.
+//!
+//! A link changes only memory. A flush brings it to the file in at most two rounds, each ended by
+//! one `fdatasync`:
+//!
+//! 1. refcount blocks; names of refcount blocks whose content is durable; slices of tables that no
+//!    L1 entry in the file names yet. The `fdatasync` also covers all guest data written so far.
+//! 2. slices of named tables; L1 entries.
+//!
+//! Then, and only then, references that the written entries dropped are taken away, in memory; they
+//! reach the file with a later flush.
+//!
+//! Allowed outcomes of a power cut at any point:
+//! - an L2 entry is the old one or the new one; the new one has all its data and a refcount of at
+//!   least 1 for it;
+//! - an L1 entry is the old one or the new one; the new one names a table with all its content;
+//! - a refcount is right or too high (a leak), never too low;
+//! - a named refcount block has its content.
+//!
+//! What goes into round 2 is collected *before* the first `fdatasync`, in an order that keeps these
+//! true while other workers go on linking: dropped clusters, then L1 entries, then slices, then
+//! refcount blocks. Each later list holds at least what the earlier ones rely on.
+//!
+//! A flush without modified metadata is one `fdatasync` and nothing else. Flushes of several queues
+//! join: while one runs, all others wait together for the next.
+
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use event_listener::Event;
+use futures_util::stream::{self, TryStreamExt};
+
+use super::active::Active;
+use super::allocator::{BlockCopy, TableWrite};
+use super::cache::slice::SliceBody;
+use super::error::{Error, lock};
+use super::layer::{LayerKind, Mapping};
+use super::worker::Worker;
+use super::{Image, ImageEvent, State};
+use crate::storage::{AlignedBuf, FileId, SgList, Storage};
+use crate::units::{to_u64, to_usize};
+
+/// Metadata writes in flight at a time.
+const WRITES_IN_FLIGHT: usize = 32;
+/// Adjacent slices go into one write of at most this many bytes.
+const MERGED_BYTES_MAX: usize = 1 << 20;
+
+/// Ordering rules that a test can switch off, to prove that it would notice.
+#[cfg(test)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Rule {
+    /// Data and refcounts are durable before an L2 entry is written.
+    DataBeforeL2,
+    /// Refcounts are written before L2 entries (not merely some time later).
+    RefcountBeforeL2,
+    /// A new table is durable before the L1 entry that names it.
+    TableBeforeL1,
+    /// An unlink is durable before the refcount goes down.
+    UnlinkBeforeRelease,
+    /// A freed cluster is not reused while a request may use it.
+    PinBeforeReuse,
+    /// A refcount block's content is durable before the table names it.
+    BlockBeforeName,
+    /// A flush ends with an `fdatasync` of what it wrote.
+    SyncAtEnd,
+    /// Data is written before the entry changes in memory.
+    DataBeforeLink,
+}
+
+#[cfg(test)]
+std::thread_local! {
+    static BROKEN: std::cell::Cell<Option<Rule>> = const { std::cell::Cell::new(None) };
+}
+
+/// Switches one rule off on this thread.
+#[cfg(test)]
+pub(crate) fn break_rule(rule: Option<Rule>) {
+    BROKEN.set(rule);
+}
+
+#[cfg(test)]
+pub(crate) fn is_broken(rule: Rule) -> bool {
+    BROKEN.get() == Some(rule)
+}
+
+/// `true` when the rule is in force: always, outside of tests.
+macro_rules! keeps {
+    ($rule:ident) => {{
+        #[cfg(test)]
+        let kept = !$crate::engine::order::is_broken($crate::engine::order::Rule::$rule);
+        #[cfg(not(test))]
+        let kept = true;
+        kept
+    }};
+}
+pub(crate) use keeps;
+
+/// What a joined flush waits for.
+#[derive(Debug, Default)]
+struct Ticket {
+    state: Mutex<TicketState>,
+    event: Event,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum TicketState {
+    #[default]
+    Waiting,
+    /// The flush before has ended: one of the waiters runs this one.
+    Promoted,
+    Running,
+    Done,
+    Failed,
+}
+
+/// Joins flushes: one runs, the others wait for the next one together.
+#[derive(Debug, Default)]
+pub(crate) struct FlushGate {
+    state: Mutex<GateState>,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    running: bool,
+    next: Option<Arc<Ticket>>,
+}
+
+/// The right and duty to run a flush. Dropping it unfinished counts as a failure of the flush.
+struct Lead<'a> {
+    gate: &'a FlushGate,
+    ticket: Arc<Ticket>,
+    outcome: TicketState,
+}
+
+impl FlushGate {
+    /// Waits for a flush that begins after this call, or becomes the one to run it.
+    async fn enter(&self) -> Result<Option<Lead<'_>>, Error> {
+        let ticket = {
+            let mut gate = lock(&self.state);
+            if !gate.running {
+                gate.running = true;
+                let outcome = TicketState::Failed;
+                return Ok(Some(Lead { gate: self, ticket: Arc::default(), outcome }));
+            }
+            Arc::clone(gate.next.get_or_insert_with(Arc::default))
+        };
+        loop {
+            let listener = ticket.event.listen();
+            {
+                let mut state = lock(&ticket.state);
+                match *state {
+                    TicketState::Waiting | TicketState::Running => {}
+                    TicketState::Promoted => {
+                        *state = TicketState::Running;
+                        drop(state);
+                        let outcome = TicketState::Failed;
+                        return Ok(Some(Lead { gate: self, ticket, outcome }));
+                    }
+                    TicketState::Done => return Ok(None),
+                    TicketState::Failed => return Err(Image::failed_error()),
+                }
+            }
+            listener.await;
+        }
+    }
+}
+
+impl Drop for Lead<'_> {
+    fn drop(&mut self) {
+        *lock(&self.ticket.state) = self.outcome;
+        self.ticket.event.notify(usize::MAX);
+        let mut gate = lock(&self.gate.state);
+        match gate.next.take() {
+            Some(next) => {
+                *lock(&next.state) = TicketState::Promoted;
+                next.event.notify(usize::MAX);
+            }
+            None => gate.running = false,
+        }
+    }
+}
+
+/// What one flush will write.
+struct Collected {
+    dropped: Vec<super::active::Dropped>,
+    /// Runs of bytes of tables that the file does not name yet.
+    new_tables: Vec<Piece>,
+    slices: Vec<Piece>,
+    l1: Vec<Piece>,
+    l1_tables: Vec<u64>,
+    blocks: Vec<BlockCopy>,
+    names: Vec<TableWrite>,
+    /// Kept in the store until they are written.
+    bodies: Vec<Arc<SliceBody>>,
+}
+
+/// Bytes for one place of the file.
+struct Piece {
+    host_offset: u64,
+    bytes: Vec<u8>,
+}
+
+impl<S: Storage> Worker<S> {
+    /// Makes everything durable that was completed before this call.
+    ///
+    /// # Errors
+    /// `Failed` when metadata could not be written or made durable, now or earlier: the image
+    /// takes no more writes then.
+    pub async fn flush(&self) -> Result<(), Error> {
+        match self.image.state() {
+            State::ReadOnly => return Ok(()),
+            State::Failed => return Err(Image::failed_error()),
+            State::Opened | State::Ready => {}
+        }
+        let Some(mut lead) = self.image.gate.enter().await? else { return Ok(()) };
+        // A flush that failed while this one waited has left nothing to be made durable.
+        if self.image.has_failed() {
+            return Err(Image::failed_error());
+        }
+        match self.write_back().await {
+            Ok(()) => {
+                lead.outcome = TicketState::Done;
+                Ok(())
+            }
+            Err(error) => {
+                let message = error.chain();
+                self.image.fail(ImageEvent::Failed { message });
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes modified slices back when they crowd the cache.
+    pub(crate) async fn relieve(&self) -> Result<(), Error> {
+        if self.image.store.wants_write_back() { self.flush().await } else { Ok(()) }
+    }
+
+    /// The last act of an orderly stop, when no request is in flight anywhere: everything
+    /// durable, counts and all; the file no longer than it must be.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub async fn close(&self) -> Result<(), Error> {
+        self.give_back_extent();
+        if matches!(self.image.state(), State::ReadOnly | State::Failed) {
+            return Ok(());
+        }
+        self.flush().await?;
+        if let Some(active) = &self.image.active {
+            // The second flush writes the counts that the first one allowed to go down.
+            self.flush().await?;
+            active.allocator.reclaim(&self.storage).await;
+            active.allocator.trim(&self.storage).await?;
+            self.sync().await?;
+        }
+        Ok(())
+    }
+
+    async fn sync(&self) -> Result<(), Error> {
+        let Some(layer) = self.image.layers.first() else { return Ok(()) };
+        if self.image.no_flush {
+            return Ok(());
+        }
+        self.storage
+            .sync_data(layer.file)
+            .await
+            .map_err(|error| Error::io("cannot make the image durable", error))
+    }
+
+    async fn write_back(&self) -> Result<(), Error> {
+        let layer = self.image.layers.first();
+        let (file, mapping, active) = match (layer.map(|l| (l.file, &l.kind)), &self.image.active) {
+            (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
+            _ => return self.sync().await,
+        };
+        let mut collected = self.collect(mapping, active);
+        if !keeps!(UnlinkBeforeRelease) {
+            let dropped = std::mem::take(&mut collected.dropped);
+            self.release(active, dropped).await?;
+            let (blocks, names) = active.allocator.collect();
+            collected.blocks.extend(blocks);
+            collected.names = names;
+        }
+        let written = self.write_collected(file, active, &collected).await;
+        active.allocator.copies_written(&collected.blocks);
+        for body in &collected.bodies {
+            body.unpin();
+        }
+        written?;
+        let mut l1 = lock(&active.l1);
+        for table in &collected.l1_tables {
+            l1.unnamed_tables.remove(table);
+        }
+        drop(l1);
+        self.release(active, collected.dropped).await
+    }
+
+    fn collect(&self, mapping: &Mapping, active: &Active) -> Collected {
+        let dropped = std::mem::take(&mut *lock(&active.dropped));
+        let (l1_indices, l1_values) = {
+            let mut l1 = lock(&active.l1);
+            let mut indices = std::mem::take(&mut l1.modified);
+            indices.sort_unstable();
+            indices.dedup();
+            let values: Vec<u64> = indices
+                .iter()
+                .map(|index| mapping.l1[*index].load(Ordering::Acquire))
+                .collect();
+            (indices, values)
+        };
+        let mut bodies = self.image.store.take_modified();
+        bodies.sort_unstable_by_key(|body| body.key().get());
+        let mut new_tables = Vec::new();
+        let mut slices = Vec::new();
+        let slice_bytes = to_usize(mapping.slice_bytes());
+        for body in &bodies {
+            body.pin();
+            let host_offset = body.key().host_offset().get();
+            let table = mapping.geometry.cluster_align_down(host_offset);
+            // Looked up before the slice lock is taken (lock order). A named table stays named;
+            // one that is not stays so until this flush has written its name.
+            let is_new = lock(&active.l1).unnamed_tables.contains(&table);
+            let mut state = body.lock();
+            state.modified = false;
+            let pieces = if is_new { &mut new_tables } else { &mut slices };
+            let target = extend(pieces, host_offset, slice_bytes);
+            body.encode_locked(&state, target);
+            drop(state);
+        }
+        let (blocks, names) = active.allocator.collect();
+        let tables: HashSet<u64> = l1_values
+            .iter()
+            .filter_map(|raw| crate::format::l1::L1Entry(*raw).table_offset())
+            .map(crate::units::HostOffset::get)
+            .collect();
+        let mut l1 = Vec::new();
+        for (index, value) in l1_indices.iter().zip(&l1_values) {
+            let target = extend(&mut l1, active.l1_offset + to_u64(*index) * 8, 8);
+            target.copy_from_slice(&value.to_be_bytes());
+        }
+        let l1_tables = tables.into_iter().collect();
+        Collected { dropped, new_tables, slices, l1, l1_tables, blocks, names, bodies }
+    }
+
+    async fn write_collected(
+        &self,
+        file: FileId,
+        active: &Active,
+        collected: &Collected,
+    ) -> Result<(), Error> {
+        let allocator = &active.allocator;
+        let relied_on = |name: &TableWrite| name.used && !name.durable;
+        if collected.names.iter().any(relied_on) && keeps!(BlockBeforeName) {
+            // Rare: blocks are made ahead of their use, so that an earlier flush covers them.
+            self.sync().await?;
+            allocator.names_durable_content(&collected.names);
+        }
+        let (first_names, later_names): (Vec<_>, Vec<_>) =
+            collected.names.iter().partition(|name| name.durable || name.used);
+        let late = keeps!(DataBeforeL2);
+        let mut first: Vec<(u64, &[u8])> = Vec::new();
+        let mut second: Vec<(u64, &[u8])> = Vec::new();
+        let blocks = collected.blocks.iter().map(|copy| (copy.host_offset, &*copy.bytes));
+        if keeps!(RefcountBeforeL2) { first.extend(blocks) } else { second.extend(blocks) }
+        let first_name_bytes = name_bytes(&first_names);
+        first.extend(first_name_bytes.iter().map(|(offset, bytes)| (*offset, &bytes[..])));
+        first.extend(pieces(&collected.new_tables));
+        let round = if late { &mut second } else { &mut first };
+        round.extend(pieces(&collected.slices));
+        let round = if keeps!(TableBeforeL1) { &mut second } else { &mut first };
+        round.extend(pieces(&collected.l1));
+        let later_name_bytes = name_bytes(&later_names);
+        second.extend(later_name_bytes.iter().map(|(offset, bytes)| (*offset, &bytes[..])));
+
+        self.write_all(file, first).await?;
+        if !second.is_empty() || keeps!(SyncAtEnd) {
+            self.sync().await?;
+        }
+        allocator.names_durable_content(&collected.names);
+        if !second.is_empty() {
+            self.write_all(file, second).await?;
+            if keeps!(SyncAtEnd) {
+                self.sync().await?;
+            }
+        }
+        allocator.named(&collected.names);
+        Ok(())
+    }
+
+    async fn write_all(&self, file: FileId, pieces: Vec<(u64, &[u8])>) -> Result<(), Error> {
+        stream::iter(pieces.into_iter().map(Ok))
+            .try_for_each_concurrent(WRITES_IN_FLIGHT, |(host_offset, bytes)| async move {
+                let sg = SgList::from_buf(AlignedBuf::from_slice(bytes));
+                self.storage.write(file, host_offset, sg).await.map_err(|error| {
+                    Error::io(format!("cannot write metadata at {host_offset:#x}"), error)
+                })
+            })
+            .await
+    }
+
+    /// Takes references away whose unlinking is durable.
+    async fn release(
+        &self,
+        active: &Active,
+        dropped: Vec<super::active::Dropped>,
+    ) -> Result<(), Error> {
+        if !dropped.is_empty() {
+            let epoch = self.image.board.end_epoch();
+            for run in dropped {
+                let released = active
+                    .allocator
+                    .release(&self.storage, run.start, run.count, epoch, run.tables)
+                    .await;
+                self.seen(released).await?;
+            }
+        }
+        active.allocator.reclaim(&self.storage).await;
+        Ok(())
+    }
+
+    /// Sets the corrupt bit and takes no more writes.
+    pub(crate) async fn mark_corrupt(&self, message: &str) {
+        if self.image.state() == State::ReadOnly || self.image.has_failed() {
+            return;
+        }
+        self.image.fail(ImageEvent::Corrupted { message: message.to_owned() });
+        let Some(active) = &self.image.active else { return };
+        let marked = active
+            .header
+            .update(&self.storage, |header| {
+                if header.version >= 3 {
+                    header.incompatible |= crate::format::header::INCOMPAT_CORRUPT;
+                }
+            })
+            .await;
+        if let Err(error) = marked {
+            log::error!("cannot set the image's corrupt bit: {}", error.chain());
+        }
+    }
+}
+
+/// The buffer for `len` bytes at `host_offset`, joined to the last piece where it follows.
+fn extend(pieces: &mut Vec<Piece>, host_offset: u64, len: usize) -> &mut [u8] {
+    let follows = pieces.last().is_some_and(|last| {
+        last.host_offset + to_u64(last.bytes.len()) == host_offset
+            && last.bytes.len() + len <= MERGED_BYTES_MAX
+    });
+    if !follows {
+        pieces.push(Piece { host_offset, bytes: Vec::new() });
+    }
+    match pieces.last_mut() {
+        Some(last) => {
+            let start = last.bytes.len();
+            last.bytes.resize(start + len, 0);
+            &mut last.bytes[start..]
+        }
+        None => unreachable!("a piece was just pushed"),
+    }
+}
+
+fn pieces(pieces: &[Piece]) -> impl Iterator<Item = (u64, &[u8])> {
+    pieces.iter().map(|piece| (piece.host_offset, &piece.bytes[..]))
+}
+
+fn name_bytes(names: &[&TableWrite]) -> Vec<(u64, [u8; 8])> {
+    names.iter().map(|name| (name.host_offset, name.entry.to_be_bytes())).collect()
+}

@@ -1,0 +1,18 @@
+//! The integration tests: only the public surface (the binary, its sockets, real files).
+//!
+//! One test binary, since each further one costs a link. Where a tool is missing, a test prints
+//! SKIPPED and passes, unless `QBLKD_TEST_REQUIRE=1` asks for a failure instead.
+//!
+//! `cfg(test)` on the modules tells clippy that helper functions are test code too, which may unwrap.
+
+// The client that also makes the benchmarks: tests see what a guest sees.
+#[path = "../../examples/blkclient/kit/mod.rs"]
+#[expect(dead_code, reason = "the tests use a part of what the client can do")]
+mod kit;
+
+#[cfg(test)]
+mod referee;
+#[cfg(test)]
+mod support;
+#[cfg(test)]
+mod tidy;

@@ -1,0 +1,136 @@
+//! A running qblkd: started, waited for, stopped, and never left behind.
+
+use super::command::{self, Finished};
+use super::{Failure, QBLKD};
+use std::ffi::OsStr;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long a server may take to be ready; a corpus image takes milliseconds.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+/// How long a server may take to end.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How often the end of the process is looked for while readiness is awaited.
+const TICK: Duration = Duration::from_millis(10);
+
+/// A qblkd process. Dropping it kills it.
+pub(crate) struct Server {
+    pub(crate) socket: PathBuf,
+    child: Child,
+    started: Instant,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+    /// Holds the sockets; removed when the server is gone.
+    _dir: TempDir,
+}
+
+impl Server {
+    /// Starts a server with `--socket-path` and these arguments, and waits until it is ready: it has
+    /// told so (`NOTIFY_SOCKET`), or its socket is there. If it ends instead, the error is what it
+    /// said.
+    pub(crate) fn start<S: AsRef<OsStr>>(
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Self, Failure> {
+        let dir = TempDir::with_prefix("qblkd-")?;
+        let notify_path = dir.path().join("notify");
+        let notify = UnixDatagram::bind(&notify_path)?;
+        notify.set_read_timeout(Some(TICK))?;
+        let socket = dir.path().join("vhost.sock");
+        let started = Instant::now();
+        let mut child = Command::new(QBLKD)
+            .arg("--socket-path")
+            .arg(&socket)
+            .args(arguments)
+            .env("NOTIFY_SOCKET", &notify_path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stdout = command::drain(child.stdout.take().ok_or("no stdout pipe")?);
+        let stderr = command::drain(child.stderr.take().ok_or("no stderr pipe")?);
+        let mut server = Self {
+            socket,
+            child,
+            started,
+            stdout,
+            stderr,
+            _dir: dir,
+        };
+        server.wait_until_ready(&notify)?;
+        Ok(server)
+    }
+
+    fn wait_until_ready(&mut self, notify: &UnixDatagram) -> Result<(), Failure> {
+        while self.started.elapsed() < READY_LIMIT {
+            let mut message = [0; 4096];
+            let told = match notify.recv(&mut message) {
+                Ok(length) => message[..length]
+                    .split(|byte| *byte == b'\n')
+                    .any(|line| line == b"READY=1"),
+                // The time-out of the socket.
+                Err(_) => false,
+            };
+            let bound = self
+                .socket
+                .metadata()
+                .is_ok_and(|file| file.file_type().is_socket());
+            if told || bound {
+                return Ok(());
+            }
+            if let Some(status) = self.child.try_wait()? {
+                let stderr = self.stderr.recv_timeout(STOP_LIMIT)?;
+                return Err(format!("ended at once with {status}: {stderr}").into());
+            }
+        }
+        Err("was not ready in time".into())
+    }
+
+    /// The process id, for what measures or signals it.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub(crate) fn terminate(self) -> Result<Finished, Failure> {
+        self.signal("TERM")?;
+        self.finish()
+    }
+
+    /// Sends a signal by its name, without SIG. There is no safe call for it in the standard
+    /// library, so the shell's own `kill` does it.
+    pub(crate) fn signal(&self, name: &str) -> Result<(), Failure> {
+        let script = format!("kill -{name} {}", self.id());
+        command::run("sh", ["-c", script.as_str()])?.success()?;
+        Ok(())
+    }
+
+    /// Waits for the process to close its output, and then for its end.
+    fn finish(mut self) -> Result<Finished, Failure> {
+        let stderr = match self.stderr.recv_timeout(STOP_LIMIT) {
+            Ok(stderr) => stderr,
+            Err(RecvTimeoutError::Timeout) => return Err("did not end in time".into()),
+            Err(error) => return Err(error.into()),
+        };
+        let stdout = self.stdout.recv_timeout(STOP_LIMIT)?;
+        let status = self.child.wait()?;
+        Ok(Finished {
+            status,
+            stdout,
+            stderr,
+            elapsed: self.started.elapsed(),
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail, harmlessly, when it has ended already.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
