@@ -8,6 +8,7 @@
 //! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
 //! * [`device`]: virtio-blk over vhost-user on an engine image.
 //! * [`control`]: the control socket, which speaks QMP.
+//! * [`tools`]: create, info and check, for people and scripts.
 //! * [`args`], [`config`]: the command line as typed and as used.
 
 pub mod args;
@@ -17,4 +18,5 @@ pub mod device;
 pub mod engine;
 pub mod format;
 pub mod storage;
+pub mod tools;
 pub mod units;

@@ -174,12 +174,38 @@ impl<'a, S: Storage> Source<'a, S> {
         if !self.can_grow() {
             return Err(Error::new(ErrorKind::NoSpace, "no space left on the block device"));
         }
+        self.set_len(len).await
+    }
+
+    /// Makes a regular file exactly `len` bytes long.
+    pub(super) async fn set_len(&mut self, len: u64) -> Result<(), Error> {
         self.storage
             .set_len(self.file, len)
             .await
-            .map_err(|error| Error::io("cannot make the image file longer", error))?;
+            .map_err(|error| Error::io(format!("cannot make the file {len} bytes long"), error))?;
         self.len = len;
         Ok(())
+    }
+
+    /// Makes a range read as zeroes; `unmap` if it need not keep its space on the host.
+    pub(super) async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    ) -> Result<(), Error> {
+        self.storage
+            .write_zeroes(self.file, offset, len, unmap)
+            .await
+            .map_err(|error| Error::io(format!("cannot write zeroes at {offset:#x}"), error))
+    }
+
+    /// Writes zeroes byte for byte.
+    pub(super) async fn write_zero_bytes(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.storage
+            .write(self.file, offset, SgList::zeroes(len))
+            .await
+            .map_err(|error| Error::io(format!("cannot write zeroes at {offset:#x}"), error))
     }
 
     /// Reads and decodes the header.
