@@ -20,3 +20,5 @@ mod referee;
 mod support;
 #[cfg(test)]
 mod tidy;
+#[cfg(test)]
+mod vhost_user;
