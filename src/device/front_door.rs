@@ -179,7 +179,7 @@ pub(super) fn serve(
 ) {
     match front_end {
         FrontEnd::Connection(stream) => {
-            serve_connection(stream, private, stop, &new_backend());
+            serve_connection(&stream, private, stop, &new_backend());
         }
         FrontEnd::Listener(listener) => loop {
             match wait_readable(listener.as_fd(), stop) {
@@ -193,7 +193,7 @@ pub(super) fn serve(
             match listener.accept() {
                 Ok((stream, _)) => {
                     info!("front-end connected");
-                    if serve_connection(stream, private, stop, &new_backend()) == Ending::Stopped {
+                    if serve_connection(&stream, private, stop, &new_backend()) == Ending::Stopped {
                         return;
                     }
                 }
@@ -219,14 +219,14 @@ fn wait_readable(socket: impl AsFd, stop: &EventFd) -> io::Result<Ending> {
 }
 
 fn serve_connection(
-    stream: UnixStream,
+    stream: &UnixStream,
     private: &mut PrivateListener,
     stop: &EventFd,
     backend: &Arc<Backend>,
 ) -> Ending {
     let ending = match connect_framework(private, backend) {
         Ok((mut daemon, inner)) => {
-            let ending = match relay(&stream, &inner, stop) {
+            let ending = match relay(stream, &inner, stop) {
                 Ok(ending) => ending,
                 Err(error) => {
                     warn!(
