@@ -110,7 +110,7 @@ impl Driver {
             let file = FileOffset::new(backing.try_clone().unwrap(), number * REGION_LEN);
             (
                 GuestAddress(number * REGION_LEN),
-                REGION_LEN as usize,
+                usize::try_from(REGION_LEN).unwrap(),
                 Some(file),
             )
         };
