@@ -97,7 +97,10 @@ pub async fn repair_dirty<S: Storage>(storage: &S, file: FileId) -> Result<Repor
         return Ok(report);
     }
     let first = report.problems.iter().find(|problem| {
-        matches!(problem.severity, Severity::Corruption | Severity::CheckError)
+        matches!(
+            problem.severity,
+            Severity::Corruption | Severity::CheckError
+        )
     });
     Err(Error::new(
         ErrorKind::Corrupt,

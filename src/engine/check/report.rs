@@ -111,7 +111,10 @@ impl Report {
             Severity::Warning => {}
         }
         if self.problems.len() < PROBLEMS_MAX {
-            self.problems.push(Problem { severity, text: text() });
+            self.problems.push(Problem {
+                severity,
+                text: text(),
+            });
         } else {
             self.problems_omitted += 1;
         }
