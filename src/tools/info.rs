@@ -382,12 +382,7 @@ mod tests {
                 .success()
         );
         for compat in ["0.10", "1.1"] {
-            let path = path.with_extension(compat);
-            let path = if path.exists() {
-                path
-            } else {
-                dir.path().join(format!("image.{compat}"))
-            };
+            let path = dir.path().join(format!("image.{compat}"));
             let config = InfoConfig {
                 path: path.clone(),
                 json: true,

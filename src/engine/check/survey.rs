@@ -205,6 +205,7 @@ impl<S: Storage> Surveyor<'_, S> {
         let end = offset.saturating_add(len);
         if end > HOST_OFFSET_END || end.saturating_sub(self.source.len) >= cluster_size {
             self.out.report.dangling_end = self.out.report.dangling_end.max(end);
+            self.out.report.dangling += times;
             self.corruption(times, || {
                 format!("{what} at {offset:#x} with {len:#x} bytes ends past the end of the file")
             });
