@@ -283,10 +283,10 @@ impl<S: Storage> Repairer<'_, '_, S> {
             let mut new = AlignedBuf::from_slice(&old);
             for raw in new.as_chunks_mut::<8>().0 {
                 let entry = L1Entry(u64::from_be_bytes(*raw));
-                if let Some(table) = entry.table_offset() {
-                    let single = self.survey.refs.get(table.get() >> bits) == 1;
-                    *raw = entry.with_copied(single).0.to_be_bytes();
-                }
+                let single = entry
+                    .table_offset()
+                    .is_some_and(|table| self.survey.refs.get(table.get() >> bits) == 1);
+                *raw = entry.with_copied(single).0.to_be_bytes();
             }
             self.source.write_changes(offset, &old, &new).await?;
         }

@@ -342,6 +342,13 @@ impl<S: Storage> Surveyor<'_, S> {
             });
         }
         let Some(offset) = entry.table_offset().map(HostOffset::get) else {
+            // Harmless when read, but QEMU's check takes it for a table at offset 0.
+            if entry.copied() {
+                self.out.flag_errors += active;
+                self.corruption(total, || {
+                    format!("L1 entry {index} has only the copied flag")
+                });
+            }
             return;
         };
         if !self.count(offset, self.geometry.cluster_size(), total, "L2 table") {
