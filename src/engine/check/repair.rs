@@ -101,7 +101,7 @@ impl<S: Storage> Repairer<'_, '_, S> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), Error> {
         let mut step = |done| {
-            progress(Progress {
+            progress(Progress {;
                 phase: Phase::Repair,
                 done,
                 total: 4,

@@ -291,7 +291,7 @@ fn refcount_too_high_of_many_clusters() {
 #[test]
 fn copied_flag_of_an_l2_entry() {
     damage_is_found_and_repaired(|words| {
-        words.set(words.entry(), words.get(words.entry()) ^ 1 << 63)
+        words.set(words.entry(), words.get(words.entry()) ^ 1 << 63);
     });
 }
 
