@@ -345,6 +345,9 @@ impl<S: Storage> Worker<S> {
             if entry == old {
                 continue;
             }
+            // On the list before anything is dropped: a flush collects what was dropped first, so
+            // that it writes every slice whose drops it saw.
+            self.image.store.mark_modified_locked(body, &mut state);
             body.set_entry_locked(&mut state, at, entry);
             let keeps = matches!(
                 (cluster, mapping.cluster(guest, entry)),
@@ -358,7 +361,6 @@ impl<S: Storage> Worker<S> {
                 active.drop_cluster(mapping.geometry, cluster);
             }
         }
-        self.image.store.mark_modified_locked(body, &mut state);
         Ok(true)
     }
 
