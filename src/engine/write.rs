@@ -74,7 +74,8 @@ impl<S: Storage> Worker<S> {
             && active.clear_autoclear
         {
             // Whoever relies on these features (bitmaps) must see that others have written.
-            active.header.update(&self.storage, |header| header.autoclear = 0).await?;
+            let cleared = active.header.update(&self.storage, |header| header.autoclear = 0).await;
+            self.seen(cleared).await?;
         }
         self.image.become_ready();
         Ok(())

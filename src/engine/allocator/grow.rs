@@ -231,15 +231,18 @@ impl Allocator {
         let fault = |error| Error::io("cannot write a longer refcount table", error);
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
         storage.write(self.file, table_offset, sg).await.map_err(fault)?;
-        storage.sync_data(self.file).await.map_err(fault)?;
+        // A failed sync may have lost what guests were told is written.
+        storage
+            .sync_data(self.file)
+            .await
+            .map_err(|error| Error::failed("cannot make a longer refcount table durable", error))?;
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
             .update(storage, |header| {
                 header.refcount_table_offset = HostOffset::new(table_offset);
                 header.refcount_table_clusters = clusters_word;
             })
-            .await
-            .map_err(|error| Error::new(ErrorKind::Failed, error.chain()))?;
+            .await?;
         {
             let mut state = lock(&self.state);
             let state = &mut *state;
