@@ -274,6 +274,9 @@ impl<S: Storage> Worker<S> {
             (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
             _ => return self.sync().await,
         };
+        // Places that are collected for writing must not become somebody else's meanwhile: the old
+        // refcount table is freed when a longer one takes over.
+        let pin = self.pin();
         let mut collected = self.collect(mapping, active);
         if !keeps!(UnlinkBeforeRelease) {
             let dropped = std::mem::take(&mut collected.dropped);
@@ -293,6 +296,7 @@ impl<S: Storage> Worker<S> {
             l1.unnamed_tables.remove(table);
         }
         drop(l1);
+        drop(pin);
         self.release(active, collected.dropped).await
     }
 
