@@ -97,6 +97,8 @@ impl<S: Storage> Worker<S> {
         while done < sg.len() {
             let span = self.look(target, pin, offset + done, sg.len() - done).await?;
             done += self.write_span(&span, offset + done, &sg.slice(done, sg.len() - done)).await?;
+            drop(span);
+            self.relieve().await?;
         }
         Ok(())
     }

@@ -306,6 +306,8 @@ impl Allocator {
             // has refcount 0, but is not free.
             if !lock(&self.state).free.knows(block) {
                 self.scan(storage, block).await?;
+                // Evicted while it was being looked at: again.
+                continue;
             }
             self.load_block(storage, block).await?;
             let mut state = lock(&self.state);
