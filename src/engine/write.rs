@@ -374,7 +374,7 @@ impl<S: Storage> Worker<S> {
             let size = 1 << self.image.cluster_bits();
             extent = active
                 .allocator
-                .reserve(&self.storage, count.max(EXTENT_BYTES / size).max(1))
+                .reserve(&self.storage, count, count.max(EXTENT_BYTES / size).max(1))
                 .await?;
             self.image.follow_end();
         }
