@@ -66,6 +66,42 @@ pub(crate) enum Rule {
     SyncAtEnd,
     /// Data is written before the entry changes in memory.
     DataBeforeLink,
+    /// Whoever allocates, copies or discards a cluster has taken it first.
+    TakeBeforeChange,
+    /// A flush that waits is served by one that begins later.
+    JoinLaterFlush,
+    /// The file is long enough before its new clusters are used.
+    LengthBeforeUse,
+    /// A longer refcount table is durable before the header names it.
+    TableBeforeHeader,
+    /// A reused cluster is written as a whole: nothing of its former owner shows.
+    PadReused,
+    /// A new L2 table is zeroed before an L1 entry names it.
+    ZeroNewTable,
+    /// A hole is punched before the cluster can be reused.
+    PunchBeforeReuse,
+}
+
+#[cfg(test)]
+impl Rule {
+    /// Every rule.
+    pub(crate) const ALL: [Self; 15] = [
+        Self::DataBeforeL2,
+        Self::RefcountBeforeL2,
+        Self::TableBeforeL1,
+        Self::UnlinkBeforeRelease,
+        Self::PinBeforeReuse,
+        Self::BlockBeforeName,
+        Self::SyncAtEnd,
+        Self::DataBeforeLink,
+        Self::TakeBeforeChange,
+        Self::JoinLaterFlush,
+        Self::LengthBeforeUse,
+        Self::TableBeforeHeader,
+        Self::PadReused,
+        Self::ZeroNewTable,
+        Self::PunchBeforeReuse,
+    ];
 }
 
 #[cfg(test)]
@@ -143,6 +179,9 @@ impl FlushGate {
                 gate.running = true;
                 let outcome = TicketState::Failed;
                 return Ok(Some(Lead { image, ticket: Arc::default(), outcome }));
+            }
+            if !keeps!(JoinLaterFlush) {
+                return Ok(None);
             }
             Arc::clone(gate.next.get_or_insert_with(Arc::default))
         };

@@ -240,6 +240,7 @@ impl<S: Storage> Worker<S> {
     ) -> Result<(u64, SgList), Error> {
         let tail_start = head + sg.len();
         let tail = bytes - tail_start;
+        let fresh = fresh || !keeps!(PadReused);
         let mut start = head;
         let mut whole = SgList::empty();
         if head > 0 {

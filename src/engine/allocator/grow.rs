@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::{Allocator, State};
 use crate::engine::error::{Error, ErrorKind, lock};
+use crate::engine::order::keeps;
 use crate::format::geometry::REFTABLE_BYTES_MAX;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, SgList, Storage};
@@ -121,7 +122,7 @@ impl Allocator {
     }
 
     async fn extend_file<S: Storage>(&self, storage: &S, end: u64) -> Result<(), Error> {
-        if !self.can_grow {
+        if !self.can_grow || !keeps!(LengthBeforeUse) {
             return Ok(());
         }
         storage
@@ -242,10 +243,11 @@ impl Allocator {
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
         storage.write(self.file, table_offset, sg).await.map_err(fault)?;
         // A failed sync may have lost what guests were told is written.
-        storage
-            .sync_data(self.file)
-            .await
-            .map_err(|error| Error::failed("cannot make a longer refcount table durable", error))?;
+        if keeps!(TableBeforeHeader) {
+            storage.sync_data(self.file).await.map_err(|error| {
+                Error::failed("cannot make a longer refcount table durable", error)
+            })?;
+        }
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
             .update(storage, |header| {

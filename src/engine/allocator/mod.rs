@@ -355,6 +355,9 @@ impl Allocator {
                 // Who resolved through the old table has finished: nobody loads it again.
                 self.retire_tables(start, count);
             }
+            if !keeps!(PunchBeforeReuse) {
+                self.give_back(start, count);
+            }
             if self.discard {
                 let len = count << self.geometry.cluster_bits();
                 let punched = storage.punch_hole(self.file, self.offset(start).get(), len).await;
@@ -366,7 +369,9 @@ impl Allocator {
                     );
                 }
             }
-            self.give_back(start, count);
+            if keeps!(PunchBeforeReuse) {
+                self.give_back(start, count);
+            }
             freed = true;
         }
     }
