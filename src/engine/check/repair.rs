@@ -101,11 +101,11 @@ impl<S: Storage> Repairer<'_, '_, S> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), Error> {
         let mut step = |done| {
-            progress(Progress {;
+            progress(Progress {
                 phase: Phase::Repair,
                 done,
                 total: 4,
-            })
+            });
         };
         let all = mode == Repair::All;
         // Lowering leaks makes clusters unshared: flags follow, also where only leaks are repaired,
