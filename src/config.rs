@@ -373,9 +373,9 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
         "no image given; use --blk-file FILE to say what to serve",
     ))?;
     let cache_size = |option, given: Option<String>| {
-        let allowed = "a size of at least 512 bytes, such as 32M";
+        let allowed = "a size, such as 32M";
         given
-            .map(|given| size(option, &given, 512..=DISK_BYTES_MAX, allowed))
+            .map(|given| size(option, &given, 0..=DISK_BYTES_MAX, allowed))
             .transpose()
     };
     let entry_size = |given: String| {

@@ -70,6 +70,21 @@ pub enum FrontEnd {
 }
 
 impl FrontEnd {
+    /// Takes a copy of a socket that a parent process gave us by number. The number itself stays
+    /// what the parent made it.
+    ///
+    /// # Errors
+    /// If the number is not an open descriptor, or not of a socket.
+    pub fn from_number(number: RawFd) -> io::Result<Self> {
+        // SAFETY: the call takes numbers only; one that is not open is answered with EBADF.
+        let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
+        if copy < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call above has just made this descriptor; nobody else knows it.
+        Self::from_fd(unsafe { OwnedFd::from_raw_fd(copy) })
+    }
+
     /// Takes over a socket given by descriptor, listening or connected.
     ///
     /// # Errors

@@ -15,12 +15,15 @@
 mod active;
 mod allocator;
 mod cache;
+pub mod chain;
 pub mod check;
 mod compress;
+pub mod create;
 mod discard;
 mod error;
 mod extent;
 mod header_owner;
+pub mod info;
 mod layer;
 mod open;
 mod order;

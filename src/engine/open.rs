@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use super::active::{Active, L1State};
 use super::allocator::{Allocator, AllocatorParts};
 use super::cache::store::Store;
+use super::check;
 use super::error::{Error, ErrorKind};
 use super::header_owner::HeaderOwner;
 use super::layer::{Layer, LayerKind, Mapping};
@@ -123,6 +124,9 @@ impl Image {
                     (len, LayerKind::Raw, None)
                 }
                 LayerFormat::Qcow2 => {
+                    if !read_only {
+                        repair_if_dirty(storage, spec.file).await?;
+                    }
                     let parsed = parse(storage, spec.file, read_only).await.map_err(|error| {
                         if index == 0 {
                             error
@@ -197,6 +201,17 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
     let cluster_size = if (9..=21).contains(&cluster_bits) { 1 << cluster_bits } else { 512 };
     let bytes = read(storage, file, 0, len.min(cluster_size), "image header").await?;
     Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
+}
+
+/// An image that was not closed in order: its refcounts and copied flags are not to be trusted.
+async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<(), Error> {
+    if !read_header(storage, file).await?.is_dirty() {
+        return Ok(());
+    }
+    log::info!("the image was not closed in order: repairing it before it is served");
+    let report = check::repair_dirty(storage, file).await?;
+    log::info!("the image is repaired: {report:?}");
+    Ok(())
 }
 
 async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result<Parsed, Error> {

@@ -1,0 +1,102 @@
+//! The open image with its backing chain, the locks on their files, and how they are given back.
+
+use std::sync::Arc;
+
+use crate::config::{ImageConfig, Locking as LockingConfig};
+use crate::engine::chain::{ChainOptions, OpenLayer, open_chain};
+use crate::engine::info::{ImageInfo, info};
+use crate::engine::{self, ErrorKind, Image, LayerFormat, LayerSpec, OpenOptions};
+use crate::storage::lock::{ImageLock, LOCK_PATIENCE, LockKind, Locking};
+use crate::storage::{BlockingStorage, FileId, HostFile, block_on};
+
+/// A file of the chain and what it said about itself when it was opened.
+pub(super) struct Node {
+    pub(super) layer: OpenLayer,
+    /// None for a raw file.
+    pub(super) info: Option<ImageInfo>,
+}
+
+/// An open virtual disk with everything that it holds on the host.
+pub(super) struct Chain {
+    pub(super) image: Arc<Image>,
+    /// Active layer first.
+    pub(super) nodes: Vec<Node>,
+    /// Given back last: fields drop in this order.
+    _locks: Vec<ImageLock>,
+}
+
+impl Chain {
+    /// Opens the image of the command line: its files, their locks, its metadata.
+    pub(super) fn open(config: &ImageConfig) -> Result<Self, engine::Error> {
+        let locking = match config.locking {
+            LockingConfig::Auto => Locking::Auto,
+            LockingConfig::On => Locking::On,
+            LockingConfig::Off => Locking::Off,
+        };
+        let mut locks = Vec::new();
+        let options = ChainOptions {
+            read_only: config.read_only,
+            direct: config.cache.is_direct(),
+            backing_dirs: config.backing_dirs.clone(),
+        };
+        let format = config.format.into();
+        let layers = open_chain(&config.path, format, &options, &mut |file, read_only| {
+            let kind = if read_only { LockKind::Reader } else { LockKind::Writer };
+            let lock = ImageLock::take(file, kind, locking, LOCK_PATIENCE).map_err(|error| {
+                engine::Error::new(
+                    ErrorKind::Locked,
+                    format!("cannot lock '{}': {error}", file.path().display()),
+                )
+            })?;
+            locks.push(lock);
+            Ok(())
+        })?;
+        let specs: Vec<LayerSpec> = layers
+            .iter()
+            .zip(0..)
+            .map(|(layer, number)| LayerSpec { file: FileId(number), format: layer.format })
+            .collect();
+        let options = OpenOptions {
+            read_only: config.read_only,
+            discard: config.discard_unmaps,
+            no_flush: config.cache.ignores_flush(),
+            l2_cache_size: config.l2_cache_bytes,
+            l2_cache_entry_size: config
+                .l2_cache_entry_bytes
+                .unwrap_or(OpenOptions::default().l2_cache_entry_size),
+            refcount_cache_size: config.refcount_cache_bytes,
+        };
+        let files = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
+        let storage = BlockingStorage::new(files);
+        let image = block_on(Image::open(&storage, &specs, &options))?;
+        let mut nodes = Vec::with_capacity(layers.len());
+        for (layer, spec) in layers.into_iter().zip(&specs) {
+            let info = match spec.format {
+                LayerFormat::Qcow2 => Some(block_on(info(&storage, spec.file))?),
+                LayerFormat::Raw => None,
+            };
+            nodes.push(Node { layer, info });
+        }
+        Ok(Self { image, nodes, _locks: locks })
+    }
+
+    /// The files in the order of their ids.
+    pub(super) fn files(&self) -> Vec<Arc<HostFile>> {
+        self.nodes.iter().map(|node| Arc::clone(&node.layer.file)).collect()
+    }
+
+    /// Bytes of the active image's file now.
+    pub(super) fn file_len(&self) -> u64 {
+        self.nodes.first().and_then(|node| node.layer.file.len().ok()).unwrap_or(0)
+    }
+
+    /// The active image has met corruption, or could not write its metadata.
+    pub(super) fn is_corrupt(&self) -> bool {
+        self.image.has_failed()
+    }
+
+    /// Writes back what is left and closes the image in order. No request may be in flight.
+    pub(super) fn close(self) -> Result<(), engine::Error> {
+        super::close(&self.image, BlockingStorage::new(self.files()))
+    }
+}

@@ -1,0 +1,312 @@
+//! The life cycle of the process that serves: open, lock, serve, drain, close.
+//!
+//! The main thread runs one `epoll` loop over signals, the control socket, events of the image and
+//! the end of serving. It never does guest I/O. Everything is given back in the opposite order of
+//! its making: front-end, workers, image, locks, sockets.
+
+#![forbid(unsafe_code)]
+
+mod chain;
+mod report;
+mod socket;
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use epoll::{ControlOptions, Events};
+use log::{info, warn};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use thiserror::Error;
+
+use self::chain::Chain;
+use self::report::Report;
+use self::socket::ListeningSocket;
+use crate::config::{Endpoint, ServeConfig};
+use crate::control::{BindError, ControlServer, Event, ShutdownReason};
+use crate::device::{DeviceConfig, DeviceError, FrontEnd, Server};
+use crate::engine::{self, Image, ImageEvent};
+use crate::storage::{BlockingStorage, block_on};
+
+/// Tokens of the loop's descriptors; the control server uses everything from `CONTROL` on.
+mod token {
+    pub(super) const SIGNAL: u64 = 0;
+    pub(super) const FINISHED: u64 = 1;
+    pub(super) const IMAGE_EVENT: u64 = 2;
+    pub(super) const CONTROL: u64 = 16;
+}
+
+/// Why serving ended, or never began.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The image, or its backing chain.
+    #[error("cannot serve '{path}'")]
+    Image {
+        /// The image as it was named.
+        path: String,
+        /// What is wrong with it.
+        source: engine::Error,
+    },
+    /// The vhost-user socket.
+    #[error("cannot make the socket '{path}'")]
+    Socket {
+        /// Where.
+        path: String,
+        /// Why not.
+        source: socket::SocketError,
+    },
+    /// The descriptor given with `--fd`.
+    #[error("--fd {fd} is not a socket that a front-end can come from")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The control socket.
+    #[error("cannot make the control socket")]
+    Control(#[source] BindError),
+    /// The device.
+    #[error("cannot serve the device")]
+    Device(#[source] DeviceError),
+    /// Signals, epoll, eventfds.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The errno.
+        source: io::Error,
+    },
+    /// A second signal.
+    #[error("stopped at once by a second signal; the next start repairs what is left to repair")]
+    Interrupted,
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
+    move |source| DaemonError::System { what, source }
+}
+
+/// Serves an image until a signal, the command `quit`, or the end of the only connection.
+///
+/// # Errors
+/// See [`DaemonError`]. `Interrupted` leaves requests unfinished: the process must end.
+pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
+    // First of all: a signal during the start is not lost.
+    let signals = signals()?;
+    let image_error = |source| DaemonError::Image {
+        path: config.image.path.display().to_string(),
+        source,
+    };
+    let chain = Chain::open(&config.image).map_err(image_error)?;
+    let (events, event_reader) = image_events(&chain.image)?;
+
+    let mut server = Server::start(
+        Arc::clone(&chain.image),
+        chain.files(),
+        DeviceConfig {
+            queue_count: config.disk.queue_count,
+            queue_size_max: config.disk.queue_size_max,
+            threads: threads(config),
+            poll_max: Duration::from_micros(config.poll_us.into()),
+            block_size: config.disk.block_bytes,
+            serial: config.disk.serial.clone(),
+            writeback: config.image.cache.is_writeback(),
+        },
+    )
+    .map_err(DaemonError::Device)?;
+
+    let epoll = epoll::create(true).map_err(system("make an epoll set"))?;
+    let mut control = match &config.control {
+        Some(path) => Some(
+            ControlServer::bind(path, epoll, token::CONTROL).map_err(DaemonError::Control)?,
+        ),
+        None => None,
+    };
+    // The socket appears last: whoever sees it finds everything ready.
+    let (front_end, listening) = front_end(&config.endpoint)?;
+    server.serve(front_end).map_err(DaemonError::Device)?;
+    info!("serving '{}'", config.image.path.display());
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        warn!("cannot tell the service manager that we are ready: {error}");
+    }
+
+    let mut main_loop = MainLoop { epoll, signals, events, event_reader, stopping: false };
+    let ended = main_loop.run(config, &chain, &server, control.as_mut());
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
+        warn!("cannot tell the service manager that we stop: {error}");
+    }
+    drop(listening);
+    if let Err(error) = ended {
+        // In-flight requests are abandoned with the process: nothing waits for them.
+        std::mem::forget(server);
+        std::mem::forget(chain);
+        return Err(error);
+    }
+    let joined = server.join().map_err(DaemonError::Device);
+    let closed = chain.close().map_err(image_error);
+    drop(control);
+    joined.and(closed)
+}
+
+fn threads(config: &ServeConfig) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    config.thread_count.map_or_else(cores, |count| usize::try_from(count).unwrap_or(1))
+}
+
+/// SIGTERM and SIGINT as bytes of a socket.
+fn signals() -> Result<UnixStream, DaemonError> {
+    let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
+    reader.set_nonblocking(true).map_err(system("set up the signal socket"))?;
+    for signal in [SIGTERM, SIGINT] {
+        let writer = writer.try_clone().map_err(system("set up the signal socket"))?;
+        signal_hook::low_level::pipe::register(signal, writer)
+            .map_err(system("handle signals"))?;
+    }
+    Ok(reader)
+}
+
+/// A queue of image events, and a socket that becomes readable with each.
+fn image_events(
+    image: &Arc<Image>,
+) -> Result<(mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
+    let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
+    for end in [&reader, &writer] {
+        end.set_nonblocking(true).map_err(system("set up the event socket"))?;
+    }
+    let (sender, receiver) = mpsc::channel();
+    image.set_event_sink(move |event| {
+        // Whoever does not listen any more is on the way out.
+        let _ = sender.send(event);
+        let _ = io::Write::write(&mut &writer, &[0]);
+    });
+    Ok((receiver, reader))
+}
+
+fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
+    match endpoint {
+        Endpoint::Path { path, group, mode } => {
+            let (listener, socket) = ListeningSocket::bind(path, group.as_deref(), *mode)
+                .map_err(|source| DaemonError::Socket {
+                    path: path.display().to_string(),
+                    source,
+                })?;
+            Ok((FrontEnd::Listener(listener), Some(socket)))
+        }
+        Endpoint::Fd(fd) => {
+            let source = |source| DaemonError::Descriptor { fd: *fd, source };
+            Ok((FrontEnd::from_number(*fd).map_err(source)?, None))
+        }
+    }
+}
+
+struct MainLoop {
+    epoll: RawFd,
+    signals: UnixStream,
+    events: mpsc::Receiver<ImageEvent>,
+    event_reader: UnixStream,
+    stopping: bool,
+}
+
+impl MainLoop {
+    /// Returns when serving has ended.
+    fn run(
+        &mut self,
+        config: &ServeConfig,
+        chain: &Chain,
+        server: &Server,
+        mut control: Option<&mut ControlServer>,
+    ) -> Result<(), DaemonError> {
+        let watched = [
+            (self.signals.as_raw_fd(), token::SIGNAL),
+            (server.finished().as_raw_fd(), token::FINISHED),
+            (self.event_reader.as_raw_fd(), token::IMAGE_EVENT),
+        ];
+        for (fd, token) in watched {
+            let event = epoll::Event::new(Events::EPOLLIN, token);
+            epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_ADD, fd, event)
+                .map_err(system("watch a descriptor"))?;
+        }
+        let mut ready = [epoll::Event::new(Events::empty(), 0); 16];
+        loop {
+            let count = match epoll::wait(self.epoll, -1, &mut ready) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => return Err(DaemonError::System { what: "wait", source }),
+            };
+            for event in &ready[..count] {
+                match event.data {
+                    token::FINISHED => return Ok(()),
+                    token::SIGNAL => {
+                        self.on_signal(server, control.as_deref_mut())?;
+                    }
+                    token::IMAGE_EVENT => self.on_image_event(config, control.as_deref_mut()),
+                    token => {
+                        let Some(control) = control.as_deref_mut().filter(|c| c.owns(token))
+                        else {
+                            continue;
+                        };
+                        let mut report = Report::new(config, chain, server);
+                        control.handle_ready(token, &mut report);
+                        if report.quit {
+                            self.stop(server, Some(control), ShutdownReason::HostQmpQuit);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_signal(
+        &mut self,
+        server: &Server,
+        control: Option<&mut ControlServer>,
+    ) -> Result<(), DaemonError> {
+        let mut bytes = [0; 16];
+        let count = match self.signals.read(&mut bytes) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(source) => return Err(DaemonError::System { what: "read signals", source }),
+        };
+        if self.stopping || count > 1 {
+            return Err(DaemonError::Interrupted);
+        }
+        info!("stopping: requests in flight finish, then the image is closed");
+        self.stop(server, control, ShutdownReason::HostSignal);
+        Ok(())
+    }
+
+    fn stop(
+        &mut self,
+        server: &Server,
+        control: Option<&mut ControlServer>,
+        reason: ShutdownReason,
+    ) {
+        if self.stopping {
+            return;
+        }
+        self.stopping = true;
+        if let Some(control) = control {
+            control.emit(&Event::Shutdown { guest: false, reason });
+        }
+        server.stop();
+    }
+
+    fn on_image_event(&mut self, config: &ServeConfig, control: Option<&mut ControlServer>) {
+        let mut bytes = [0; 64];
+        // Only a wake-up; the events are in the queue.
+        let _ = self.event_reader.read(&mut bytes);
+        let Some(control) = control else { return };
+        for event in self.events.try_iter() {
+            control.emit(&report::event(&config.disk.id, event));
+        }
+    }
+}
+
+/// Runs the last act of an image on the calling thread.
+fn close(image: &Arc<Image>, storage: BlockingStorage) -> Result<(), engine::Error> {
+    let worker = image.worker(storage);
+    block_on(worker.close())
+}

@@ -1,0 +1,212 @@
+//! What the control socket learns of the device: the chain and the counters in control's words.
+
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::chain::{Chain, Node};
+use crate::config::ServeConfig;
+use crate::control::info::{
+    BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
+    NodeInfo, OperationStats, Qcow2Info, WorkerStats,
+};
+use crate::control::{Event, Handler};
+use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
+use crate::engine::{ImageEvent, LayerFormat};
+use crate::format::header::CompressionType;
+use crate::format::snapshot::SnapshotEntry;
+
+/// Latency bins start at 2^10 ns, about a microsecond: nothing is faster.
+const FIRST_BOUNDARY_BIT: usize = 10;
+/// ... and end at 2^34 ns, some 17 s.
+const LAST_BOUNDARY_BIT: usize = 34;
+const _: () = assert!(LAST_BOUNDARY_BIT < LATENCY_BUCKETS);
+
+/// Answers one round of commands.
+pub(super) struct Report<'a> {
+    config: &'a ServeConfig,
+    chain: &'a Chain,
+    server: &'a Server,
+    /// A client asked to quit.
+    pub(super) quit: bool,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn new(config: &'a ServeConfig, chain: &'a Chain, server: &'a Server) -> Self {
+        Self { config, chain, server, quit: false }
+    }
+
+    fn node(&self, index: usize, node: &Node, below: Option<&Node>) -> NodeInfo {
+        let cache = self.config.image.cache;
+        let id = &self.config.disk.id;
+        NodeInfo {
+            node_name: if index == 0 { id.clone() } else { format!("{id}-backing{index}") },
+            format: match node.layer.format {
+                LayerFormat::Qcow2 => "qcow2",
+                LayerFormat::Raw => "raw",
+            },
+            filename: text(&node.layer.path),
+            read_only: node.layer.read_only,
+            cache: CacheInfo {
+                writeback: cache.is_writeback(),
+                direct: cache.is_direct(),
+                no_flush: cache.ignores_flush(),
+            },
+            virtual_size_bytes: match &node.info {
+                Some(info) => info.header.size,
+                None => node.layer.file.len().unwrap_or(0),
+            },
+            actual_size_bytes: node
+                .layer
+                .file
+                .as_file()
+                .metadata()
+                .ok()
+                .map(|metadata| metadata.blocks() * 512),
+            backing: below.and_then(|below| {
+                let header = &node.info.as_ref()?.header;
+                Some(BackingInfo {
+                    filename: bytes(header.backing_name.as_deref()?),
+                    full_filename: text(&below.layer.path),
+                    format: header.backing_format().map(bytes),
+                })
+            }),
+            qcow2: node.info.as_ref().map(|info| Qcow2Info {
+                version: info.header.version,
+                cluster_size_bytes: info.header.geometry().cluster_size(),
+                refcount_bits: info.header.geometry().refcount_bits(),
+                lazy_refcounts: info.header.has_lazy_refcounts(),
+                dirty: info.header.is_dirty(),
+                corrupt: info.header.is_corrupt() || (index == 0 && self.chain.is_corrupt()),
+                compression_type: match info.header.compression_type {
+                    CompressionType::Zlib => "zlib",
+                    CompressionType::Zstd => "zstd",
+                },
+                internal_snapshots: info.snapshots.iter().map(snapshot).collect(),
+            }),
+        }
+    }
+}
+
+impl Handler for Report<'_> {
+    fn device_info(&mut self) -> DeviceInfo {
+        let nodes = &self.chain.nodes;
+        let chain = nodes
+            .iter()
+            .enumerate()
+            .map(|(index, node)| self.node(index, node, nodes.get(index + 1)))
+            .collect();
+        DeviceInfo { name: self.config.disk.id.clone(), chain }
+    }
+
+    fn device_stats(&mut self) -> DeviceStats {
+        let workers = self.server.stats();
+        let sum = |kind: OperationKind| {
+            let of_kind = workers.iter().map(|worker| &worker.operations[kind as usize]);
+            operations(of_kind)
+        };
+        let caches = self.chain.image.cache_stats();
+        DeviceStats {
+            read: sum(OperationKind::Read),
+            write: sum(OperationKind::Write),
+            flush: sum(OperationKind::Flush),
+            unmap: sum(OperationKind::Unmap),
+            write_highest_offset: self.chain.file_len(),
+            idle_time_ns: None,
+            workers: caches
+                .iter()
+                .take(workers.len())
+                .enumerate()
+                .map(|(worker, cache)| WorkerStats {
+                    worker,
+                    metadata_cache_hits: cache.hits,
+                    metadata_cache_misses: cache.misses,
+                    put_table_hits: cache.put_table_hits,
+                })
+                .collect(),
+        }
+    }
+
+    fn quit(&mut self) {
+        self.quit = true;
+    }
+}
+
+fn text(path: &Path) -> String {
+    bytes(path.as_os_str().as_bytes())
+}
+
+fn bytes(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
+fn snapshot(entry: &SnapshotEntry) -> InternalSnapshotInfo {
+    const SECOND: u64 = 1_000_000_000;
+    InternalSnapshotInfo {
+        id: bytes(&entry.id),
+        name: bytes(&entry.name),
+        vm_state_size: entry.vm_state_size(),
+        date_sec: entry.date_sec.into(),
+        date_nsec: entry.date_nsec,
+        vm_clock_sec: entry.vm_clock_nsec / SECOND,
+        vm_clock_nsec: u32::try_from(entry.vm_clock_nsec % SECOND).unwrap_or(0),
+    }
+}
+
+fn operations<'a>(snapshots: impl Iterator<Item = &'a OperationSnapshot>) -> OperationStats {
+    let mut stats = OperationStats::default();
+    let mut buckets = [0; LATENCY_BUCKETS];
+    for snapshot in snapshots {
+        stats.operations += snapshot.completed;
+        stats.bytes += snapshot.bytes;
+        stats.failed += snapshot.failed;
+        stats.invalid += snapshot.unsupported;
+        stats.total_time_ns += snapshot.total_ns;
+        for (sum, count) in buckets.iter_mut().zip(snapshot.latency) {
+            *sum += count;
+        }
+    }
+    stats.latency = Some(histogram(&buckets));
+    stats
+}
+
+/// Bucket n of the device counts [2^n, 2^(n+1)) ns.
+fn histogram(buckets: &[u64; LATENCY_BUCKETS]) -> LatencyHistogram {
+    let (below, rest) = buckets.split_at(FIRST_BOUNDARY_BIT);
+    let (inner, above) = rest.split_at(LAST_BOUNDARY_BIT - FIRST_BOUNDARY_BIT);
+    let mut bins = vec![below.iter().sum()];
+    bins.extend(inner);
+    bins.push(above.iter().sum());
+    LatencyHistogram {
+        boundaries: (FIRST_BOUNDARY_BIT..=LAST_BOUNDARY_BIT).map(|bit| 1 << bit).collect(),
+        bins,
+    }
+}
+
+/// An image's event in the words of the control socket.
+pub(super) fn event(device: &str, event: ImageEvent) -> Event {
+    let (ImageEvent::Corrupted { message: msg } | ImageEvent::Failed { message: msg }) = event;
+    Event::BlockImageCorrupted {
+        device: device.to_owned(),
+        node_name: device.to_owned(),
+        msg,
+        offset: None,
+        size: None,
+        fatal: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_histogram_has_one_bin_more_than_boundaries_and_loses_nothing() {
+        let buckets = std::array::from_fn(|bucket| bucket as u64 + 1);
+        let histogram = histogram(&buckets);
+        assert_eq!(histogram.bins.len(), histogram.boundaries.len() + 1);
+        assert_eq!(histogram.bins.iter().sum::<u64>(), buckets.iter().sum());
+        // [2^10, 2^11) lies between the first two boundaries.
+        assert_eq!(histogram.bins[1], buckets[10]);
+    }
+}
