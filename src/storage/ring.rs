@@ -511,7 +511,9 @@ impl Core {
         slot.iovs.extend_from_slice(iovs);
         slot.state = SlotState::Fast { token };
         let mut entry = self.transfer_entry(direction, file, false, offset, index);
-        if self.in_flight[Sort::Fast as usize] > 1 && self.is_long_copy(file, index) {
+        // Not for writes: those of one file exclude each other in the kernel anyway.
+        let crowd = direction == Direction::Read && self.in_flight[Sort::Fast as usize] > 1;
+        if crowd && self.is_long_copy(file, index) {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
         self.push(entry, index as u64).inspect_err(|Full| {
