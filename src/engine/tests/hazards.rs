@@ -343,21 +343,6 @@ fn the_old_refcount_table_and_a_slow_flush(seed: u64) -> Result<(), Violation> {
     rig.finish()
 }
 
-type Hazard = fn(u64) -> Result<(), Violation>;
-
-const ALL: [(&str, Hazard); 10] = [
-    ("a slow reader and reuse", a_slow_reader_and_reuse),
-    ("a slow write in place and reuse", a_slow_write_in_place_and_reuse),
-    ("two queues allocate one cluster", two_queues_allocate_one_cluster),
-    ("joined flushes", joined_flushes_cover_what_came_before_them),
-    ("eviction during write-back", eviction_during_write_back),
-    ("more slices in use than the tables hold", more_slices_in_use_than_the_tables_hold),
-    ("a table copy", a_table_copy_and_everybody_else),
-    ("a flush fails while others wait", a_flush_fails_while_others_wait),
-    ("growth by many blocks", growth_by_more_blocks_than_the_cache_holds),
-    ("the old refcount table", the_old_refcount_table_and_a_slow_flush),
-];
-
 /// All hazards, for one seed.
 pub(super) fn all(seed: u64) -> Result<(), Violation> {
     for (name, hazard) in ALL {
@@ -366,13 +351,36 @@ pub(super) fn all(seed: u64) -> Result<(), Violation> {
     Ok(())
 }
 
-#[test]
-fn no_hazard_does_harm() {
-    for seed in seeds(8) {
-        if let Err(violation) = all(seed) {
-            panic!("SEED={seed}: {violation}");
-        }
-    }
+type Hazard = fn(u64) -> Result<(), Violation>;
+
+macro_rules! hazards {
+    ($($hazard:ident => $test:ident,)*) => {
+        const ALL: &[(&str, Hazard)] = &[$((stringify!($hazard), $hazard),)*];
+
+        $(
+            #[test]
+            fn $test() {
+                for seed in seeds(8) {
+                    if let Err(violation) = $hazard(seed) {
+                        panic!("SEED={seed}: {violation}");
+                    }
+                }
+            }
+        )*
+    };
+}
+
+hazards! {
+    a_slow_reader_and_reuse => a_slow_reader_never_sees_a_reused_cluster,
+    a_slow_write_in_place_and_reuse => a_slow_write_in_place_never_lands_in_a_reused_cluster,
+    two_queues_allocate_one_cluster => two_queues_allocate_one_cluster_and_lose_nothing,
+    joined_flushes_cover_what_came_before_them => a_joined_flush_covers_what_came_before_it,
+    eviction_during_write_back => a_slice_being_written_back_is_not_loaded_from_the_file,
+    more_slices_in_use_than_the_tables_hold => displaced_slices_keep_what_was_linked,
+    a_table_copy_and_everybody_else => a_table_copy_disturbs_nobody,
+    a_flush_fails_while_others_wait => a_failed_flush_is_told_to_all_and_reads_go_on,
+    growth_by_more_blocks_than_the_cache_holds => growth_needs_no_room_in_the_refcount_cache,
+    the_old_refcount_table_and_a_slow_flush => a_slow_flush_never_writes_into_a_reused_table,
 }
 
 #[test]
