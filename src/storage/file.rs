@@ -506,7 +506,11 @@ pub(crate) fn transfer(
         // SAFETY: as above.
         Direction::Write => unsafe { libc::pwritev(fd, iovs.as_ptr(), count, offset) },
     };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    match usize::try_from(result) {
+        Ok(moved) => Ok(moved),
+        // -1: the cause is in errno.
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }
 
 /// One blocking `fallocate`.
@@ -521,7 +525,10 @@ pub(crate) fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> io::Resu
 }
 
 fn file_offset(offset: u64) -> io::Result<libc::off_t> {
-    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+    match libc::off_t::try_from(offset) {
+        Ok(offset) => Ok(offset),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EFBIG)),
+    }
 }
 
 /// Runs a future on this thread, which sleeps while the future waits. For tools and start-up.

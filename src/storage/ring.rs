@@ -488,7 +488,10 @@ impl Core {
         }
         // SAFETY: what the entry points to lives until its CQE is reaped: it belongs to the slot (see
         // the module's text), which is not given back earlier.
-        unsafe { self.uring.submission().push(&entry) }.map_err(|_| Full)
+        match unsafe { self.uring.submission().push(&entry) } {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Full),
+        }
     }
 
     #[inline]

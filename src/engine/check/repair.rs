@@ -374,8 +374,10 @@ impl<S: Storage> Repairer<'_, '_, S> {
             .await?;
         self.source.sync().await?;
         self.header.refcount_table_offset = HostOffset::new(table_start * cluster_size);
-        self.header.refcount_table_clusters = u32::try_from(table_clusters)
-            .map_err(|_| Error::new(ErrorKind::Unsupported, "the refcount table is too long"))?;
+        let Ok(table_clusters) = u32::try_from(table_clusters) else {
+            return Err(Error::new(ErrorKind::Unsupported, "the refcount table is too long"));
+        };
+        self.header.refcount_table_clusters = table_clusters;
         self.source.write_header(&self.header).await
     }
 
