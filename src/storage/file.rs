@@ -97,7 +97,12 @@ pub struct HostFile {
     /// Bit set of [`Feature`]s that the host refused with "not supported".
     missing: AtomicU8,
     ranges: Arc<RangeLock>,
+    /// On a file system that lives in memory: making it durable does nothing, so it never waits.
+    in_memory: bool,
 }
+
+/// Types of file systems that live in memory (Linux: magic numbers of tmpfs and ramfs).
+const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 impl HostFile {
     /// Opens `path`.
@@ -161,6 +166,8 @@ impl HostFile {
             HostFileKind::Regular => 1,
             HostFileKind::BlockDevice => logical_block_size(&file)?,
         };
+        let in_memory = rustix::fs::fstatfs(&file)
+            .is_ok_and(|found| MEMORY_FILE_SYSTEMS.contains(&found.f_type));
         let mut host_file = HostFile {
             file,
             buffered,
@@ -173,9 +180,15 @@ impl HostFile {
             tail: 0..0,
             missing: AtomicU8::new(0),
             ranges: Arc::default(),
+            in_memory,
         };
         host_file.find_tail(metadata.len());
         Ok(host_file)
+    }
+
+    /// Whether the file lives in memory, so that a sync has nothing to wait for.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// The name it was opened by.
