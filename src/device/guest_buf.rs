@@ -34,6 +34,9 @@ use super::bitmap::DirtyBitmap;
 use crate::storage::ring::Full;
 use crate::storage::{Direction, FileId, HostFile, Ring, SgList};
 
+/// Pieces that a buffer keeps room for between requests: more than `seg_max` asks for.
+const PIECES_KEPT: usize = 256;
+
 /// The framework's guest memory with our dirty bitmap.
 pub(super) type SharedMemory = GuestMemoryMmap<DirtyBitmap>;
 
@@ -249,6 +252,10 @@ impl GuestBuf {
 
     pub(super) fn clear(&mut self) {
         self.iovs.clear();
+        // One huge request must not cost memory for ever.
+        if self.iovs.capacity() > PIECES_KEPT {
+            self.iovs.shrink_to(PIECES_KEPT);
+        }
         self.first = 0;
         self.len = 0;
         self.memory = None;

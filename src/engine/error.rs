@@ -59,6 +59,12 @@ impl Error {
         Self { kind, text: text.into(), source: Some(Box::new(source)) }
     }
 
+    /// A metadata write or an `fdatasync` that failed: what the file holds is not known any more,
+    /// and the image must take no more writes.
+    pub(crate) fn failed(text: impl Into<String>, source: io::Error) -> Self {
+        Self { kind: ErrorKind::Failed, text: text.into(), source: Some(Box::new(source)) }
+    }
+
     /// A violation of the format, with where it was met.
     pub fn format(text: impl Into<String>, source: FormatError) -> Self {
         let kind =

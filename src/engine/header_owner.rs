@@ -28,8 +28,8 @@ impl HeaderOwner {
     /// Changes the header in the file, durably. What the new values rely on must be durable.
     ///
     /// # Errors
-    /// `Io` when the sector cannot be written or made durable; the resident header keeps its old
-    /// values then.
+    /// `Io` when the sector cannot be read; `Failed` when it cannot be written or made durable: it
+    /// is not known then which header the file has.
     pub(crate) async fn update<S: Storage>(
         &self,
         storage: &S,
@@ -38,12 +38,12 @@ impl HeaderOwner {
         let mut header = self.header.lock().await;
         let mut changed = header.clone();
         change(&mut changed);
-        let fault = |error| Error::io("cannot update the image header", error);
         let (read, buf) = storage.read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR)).await;
-        read.map_err(fault)?;
+        read.map_err(|error| Error::io("cannot read the image header", error))?;
         let mut sector = [0; SECTOR];
         sector.copy_from_slice(&buf[..SECTOR]);
         changed.patch_sector(&mut sector);
+        let fault = |error| Error::failed("cannot update the image header", error);
         let sg = SgList::from_buf(AlignedBuf::from_slice(&sector));
         storage.write(self.file, 0, sg).await.map_err(fault)?;
         storage.sync_data(self.file).await.map_err(fault)?;

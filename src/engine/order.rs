@@ -66,6 +66,42 @@ pub(crate) enum Rule {
     SyncAtEnd,
     /// Data is written before the entry changes in memory.
     DataBeforeLink,
+    /// Whoever allocates, copies or discards a cluster has taken it first.
+    TakeBeforeChange,
+    /// A flush that waits is served by one that begins later.
+    JoinLaterFlush,
+    /// The file is long enough before its new clusters are used.
+    LengthBeforeUse,
+    /// A longer refcount table is durable before the header names it.
+    TableBeforeHeader,
+    /// A reused cluster is written as a whole: nothing of its former owner shows.
+    PadReused,
+    /// A new L2 table is zeroed before an L1 entry names it.
+    ZeroNewTable,
+    /// A hole is punched before the cluster can be reused.
+    PunchBeforeReuse,
+}
+
+#[cfg(test)]
+impl Rule {
+    /// Every rule.
+    pub(crate) const ALL: [Self; 15] = [
+        Self::DataBeforeL2,
+        Self::RefcountBeforeL2,
+        Self::TableBeforeL1,
+        Self::UnlinkBeforeRelease,
+        Self::PinBeforeReuse,
+        Self::BlockBeforeName,
+        Self::SyncAtEnd,
+        Self::DataBeforeLink,
+        Self::TakeBeforeChange,
+        Self::JoinLaterFlush,
+        Self::LengthBeforeUse,
+        Self::TableBeforeHeader,
+        Self::PadReused,
+        Self::ZeroNewTable,
+        Self::PunchBeforeReuse,
+    ];
 }
 
 #[cfg(test)]
@@ -126,22 +162,26 @@ struct GateState {
     next: Option<Arc<Ticket>>,
 }
 
-/// The right and duty to run a flush. Dropping it unfinished counts as a failure of the flush.
+/// The right and duty to run a flush. Dropping it unfinished fails the flush and the image: what it
+/// had collected is not written, and nobody else will write it.
 struct Lead<'a> {
-    gate: &'a FlushGate,
+    image: &'a Image,
     ticket: Arc<Ticket>,
     outcome: TicketState,
 }
 
 impl FlushGate {
     /// Waits for a flush that begins after this call, or becomes the one to run it.
-    async fn enter(&self) -> Result<Option<Lead<'_>>, Error> {
+    async fn enter<'a>(&self, image: &'a Image) -> Result<Option<Lead<'a>>, Error> {
         let ticket = {
             let mut gate = lock(&self.state);
             if !gate.running {
                 gate.running = true;
                 let outcome = TicketState::Failed;
-                return Ok(Some(Lead { gate: self, ticket: Arc::default(), outcome }));
+                return Ok(Some(Lead { image, ticket: Arc::default(), outcome }));
+            }
+            if !keeps!(JoinLaterFlush) {
+                return Ok(None);
             }
             Arc::clone(gate.next.get_or_insert_with(Arc::default))
         };
@@ -155,7 +195,7 @@ impl FlushGate {
                         *state = TicketState::Running;
                         drop(state);
                         let outcome = TicketState::Failed;
-                        return Ok(Some(Lead { gate: self, ticket, outcome }));
+                        return Ok(Some(Lead { image, ticket, outcome }));
                     }
                     TicketState::Done => return Ok(None),
                     TicketState::Failed => return Err(Image::failed_error()),
@@ -168,9 +208,14 @@ impl FlushGate {
 
 impl Drop for Lead<'_> {
     fn drop(&mut self) {
+        if self.outcome != TicketState::Done {
+            // Told already, unless the flush was dropped.
+            let message = "a flush was given up half-way".to_owned();
+            self.image.fail(ImageEvent::Failed { message });
+        }
         *lock(&self.ticket.state) = self.outcome;
         self.ticket.event.notify(usize::MAX);
-        let mut gate = lock(&self.gate.state);
+        let mut gate = lock(&self.image.gate.state);
         match gate.next.take() {
             Some(next) => {
                 *lock(&next.state) = TicketState::Promoted;
@@ -213,7 +258,7 @@ impl<S: Storage> Worker<S> {
             State::Failed => return Err(Image::failed_error()),
             State::Opened | State::Ready => {}
         }
-        let Some(mut lead) = self.image.gate.enter().await? else { return Ok(()) };
+        let Some(mut lead) = self.image.gate.enter(&self.image).await? else { return Ok(()) };
         // A flush that failed while this one waited has left nothing to be made durable.
         if self.image.has_failed() {
             return Err(Image::failed_error());
@@ -274,6 +319,9 @@ impl<S: Storage> Worker<S> {
             (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
             _ => return self.sync().await,
         };
+        // Places that are collected for writing must not become somebody else's meanwhile: the old
+        // refcount table is freed when a longer one takes over.
+        let pin = self.pin();
         let mut collected = self.collect(mapping, active);
         if !keeps!(UnlinkBeforeRelease) {
             let dropped = std::mem::take(&mut collected.dropped);
@@ -284,15 +332,18 @@ impl<S: Storage> Worker<S> {
         }
         let written = self.write_collected(file, active, &collected).await;
         active.allocator.copies_written(&collected.blocks);
+        // After a failure the bodies stay pinned: the file may not hold what they say, and reads go
+        // on.
+        written?;
         for body in &collected.bodies {
             body.unpin();
         }
-        written?;
         let mut l1 = lock(&active.l1);
         for table in &collected.l1_tables {
             l1.unnamed_tables.remove(table);
         }
         drop(l1);
+        drop(pin);
         self.release(active, collected.dropped).await
     }
 

@@ -3,6 +3,7 @@
 use super::error::{Error, ErrorKind};
 use super::layer::{Layer, LayerKind, Mapping};
 use super::pin::PinGuard;
+use super::ImageEvent;
 use super::worker::Worker;
 use crate::format::l2::Cluster;
 use crate::storage::{AlignedBuf, SgList, Storage};
@@ -31,12 +32,16 @@ impl<S: Storage> Worker<S> {
         self.seen(result).await
     }
 
-    /// Reacts to corruption that an operation met.
+    /// Reacts to corruption that an operation met, and to metadata that it could not write.
     pub(crate) async fn seen<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(error) = &result
-            && error.kind() == ErrorKind::Corrupt
-        {
-            self.mark_corrupt(&error.chain()).await;
+        match &result {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                self.mark_corrupt(&error.chain()).await;
+            }
+            Err(error) if error.kind() == ErrorKind::Failed => {
+                self.image.fail(ImageEvent::Failed { message: error.chain() });
+            }
+            _ => {}
         }
         result
     }

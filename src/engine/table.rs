@@ -11,6 +11,7 @@ use super::cache::SliceKey;
 use super::cache::slice::SliceBody;
 use super::error::{Error, lock};
 use super::layer::{EntryPlace, Layer, Mapping};
+use super::order::keeps;
 use super::worker::Worker;
 use crate::format::l1::L1Entry;
 use crate::format::l2::L2Entry;
@@ -80,7 +81,11 @@ impl<S: Storage> Worker<S> {
         let run = self.allocate(active, 1).await?;
         let host = active.allocator.offset(run.start);
         let cluster_size = mapping.geometry.cluster_size();
-        let zeroed = self.storage.write_zeroes(layer.file, host.get(), cluster_size, false).await;
+        let zeroed = if keeps!(ZeroNewTable) {
+            self.storage.write_zeroes(layer.file, host.get(), cluster_size, false).await
+        } else {
+            Ok(())
+        };
         if let Err(error) = zeroed {
             active.allocator.give_back(run.start, 1);
             return Err(Error::io(format!("cannot initialise the L2 table at {host}"), error));

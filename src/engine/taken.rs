@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use event_listener::{Event, EventListener};
 
 use super::error::lock;
+use super::order::keeps;
 
 /// Taken guest clusters of one image. A request's clusters all lie in one slice.
 #[derive(Debug, Default)]
@@ -32,6 +33,10 @@ impl Taken {
         clusters: Range<u64>,
     ) -> Result<TakenGuard, EventListener> {
         let event = Arc::new(Event::new());
+        if !keeps!(TakeBeforeChange) {
+            let clusters = clusters.start..clusters.start;
+            return Ok(TakenGuard { taken: Arc::clone(self), clusters, event });
+        }
         for cluster in clusters.clone() {
             let mut shard = lock(self.shard(cluster));
             if let Some(other) = shard.get(&cluster) {

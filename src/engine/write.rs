@@ -74,7 +74,8 @@ impl<S: Storage> Worker<S> {
             && active.clear_autoclear
         {
             // Whoever relies on these features (bitmaps) must see that others have written.
-            active.header.update(&self.storage, |header| header.autoclear = 0).await?;
+            let cleared = active.header.update(&self.storage, |header| header.autoclear = 0).await;
+            self.seen(cleared).await?;
         }
         self.image.become_ready();
         Ok(())
@@ -96,6 +97,8 @@ impl<S: Storage> Worker<S> {
         while done < sg.len() {
             let span = self.look(target, pin, offset + done, sg.len() - done).await?;
             done += self.write_span(&span, offset + done, &sg.slice(done, sg.len() - done)).await?;
+            drop(span);
+            self.relieve().await?;
         }
         Ok(())
     }
@@ -237,6 +240,7 @@ impl<S: Storage> Worker<S> {
     ) -> Result<(u64, SgList), Error> {
         let tail_start = head + sg.len();
         let tail = bytes - tail_start;
+        let fresh = fresh || !keeps!(PadReused);
         let mut start = head;
         let mut whole = SgList::empty();
         if head > 0 {
@@ -345,6 +349,9 @@ impl<S: Storage> Worker<S> {
             if entry == old {
                 continue;
             }
+            // On the list before anything is dropped: a flush collects what was dropped first, so
+            // that it writes every slice whose drops it saw.
+            self.image.store.mark_modified_locked(body, &mut state);
             body.set_entry_locked(&mut state, at, entry);
             let keeps = matches!(
                 (cluster, mapping.cluster(guest, entry)),
@@ -358,7 +365,6 @@ impl<S: Storage> Worker<S> {
                 active.drop_cluster(mapping.geometry, cluster);
             }
         }
-        self.image.store.mark_modified_locked(body, &mut state);
         Ok(true)
     }
 
@@ -369,7 +375,7 @@ impl<S: Storage> Worker<S> {
             let size = 1 << self.image.cluster_bits();
             extent = active
                 .allocator
-                .reserve(&self.storage, count.max(EXTENT_BYTES / size).max(1))
+                .reserve(&self.storage, count, count.max(EXTENT_BYTES / size).max(1))
                 .await?;
             self.image.follow_end();
         }

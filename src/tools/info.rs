@@ -17,6 +17,7 @@ use crate::engine::info::{ImageInfo, info as image_info};
 use crate::engine::{Error, LayerFormat};
 use crate::format::snapshot::SnapshotEntry;
 use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
+use crate::units::SECTOR_SIZE;
 
 /// Describes an image.
 #[must_use]
@@ -34,7 +35,7 @@ pub fn info(config: &InfoConfig) -> Exit {
 struct FileInfo {
     /// Name that it was opened by.
     path: PathBuf,
-    /// Its length.
+    /// Its length in whole sectors.
     len: u64,
     /// What it takes on the host.
     allocated: u64,
@@ -53,9 +54,9 @@ impl FileInfo {
         };
         Ok(Self {
             path: path.to_owned(),
-            len: file.len().map_err(cannot)?,
-            // In units of 512 bytes, whatever the file system's block is.
-            allocated: file.as_file().metadata().map_err(cannot)?.blocks() * 512,
+            len: file.len().map_err(cannot)?.next_multiple_of(SECTOR_SIZE),
+            // In sectors, whatever the file system's block is.
+            allocated: file.as_file().metadata().map_err(cannot)?.blocks() * SECTOR_SIZE,
             image,
         })
     }
@@ -363,7 +364,6 @@ mod tests {
     #[test]
     fn json_agrees_with_qemu() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
         let script = format!(
             "cd {} && qemu-img create -q -f raw base 1M && for c in 0.10 1.1; do \
              qemu-img create -q -f qcow2 -o compat=$c -b base -F raw image.$c 3M && \
@@ -382,12 +382,7 @@ mod tests {
                 .success()
         );
         for compat in ["0.10", "1.1"] {
-            let path = path.with_extension(compat);
-            let path = if path.exists() {
-                path
-            } else {
-                dir.path().join(format!("image.{compat}"))
-            };
+            let path = dir.path().join(format!("image.{compat}"));
             let config = InfoConfig {
                 path: path.clone(),
                 json: true,

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::{Allocator, State};
 use crate::engine::error::{Error, ErrorKind, lock};
+use crate::engine::order::keeps;
 use crate::format::geometry::REFTABLE_BYTES_MAX;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, SgList, Storage};
@@ -63,16 +64,13 @@ impl Allocator {
         self.extend_file(storage, end).await?;
         self.write_blocks(storage, &plan.new_blocks, &[]).await?;
         // Blocks that exist already may count clusters of the chunk (leaks past the old end).
-        let entries = self.geometry.refcount_block_entries();
+        let mut counted: Vec<u64> = plan.new_blocks.iter().map(|new| new.cluster).collect();
         for block in self.block_index(start)..=self.block_index(end - 1) {
             if !plan.new_blocks.iter().any(|new| new.block == block) {
-                self.load_block(storage, block).await?;
-                let known = lock(&self.state).free.knows(block);
-                if !known {
-                    self.scan(storage, block).await?;
-                }
+                counted.extend(self.counted(storage, block, &(start..end)).await?);
             }
         }
+        counted.sort_unstable();
         let mut state = lock(&self.state);
         let state = &mut *state;
         for new in &plan.new_blocks {
@@ -80,8 +78,33 @@ impl Allocator {
             state.blocks.add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
             lock(&self.protected).add(new.cluster..new.cluster + 1);
         }
-        self.open_clusters(state, plan.clusters.clone(), entries)?;
+        self.open_clusters(state, plan.clusters, |cluster| {
+            counted.binary_search(&cluster).is_err()
+        });
         Ok(())
+    }
+
+    /// The clusters of `within` that an existing block counts, once what is free below is known.
+    async fn counted<S: Storage>(
+        &self,
+        storage: &S,
+        block: u64,
+        within: &Range<u64>,
+    ) -> Result<Vec<u64>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let part = within.start.max(block * entries)..within.end.min((block + 1) * entries);
+        loop {
+            self.scan(storage, block).await?;
+            self.load_block(storage, block).await?;
+            let mut state = lock(&self.state);
+            let knows = state.free.knows(block);
+            // Evicted between loading and locking: load again.
+            let Some(counts) = state.blocks.get(block).filter(|_| knows) else { continue };
+            let is_counted = |cluster: &u64| {
+                counts.get(usize::try_from(cluster % entries).unwrap_or(0)) != 0
+            };
+            return Ok(part.filter(is_counted).collect());
+        }
     }
 
     /// Which blocks the clusters need, and where those go: into the first cluster of their own
@@ -99,7 +122,7 @@ impl Allocator {
     }
 
     async fn extend_file<S: Storage>(&self, storage: &S, end: u64) -> Result<(), Error> {
-        if !self.can_grow {
+        if !self.can_grow || !keeps!(LengthBeforeUse) {
             return Ok(());
         }
         storage
@@ -145,8 +168,9 @@ impl Allocator {
         &self,
         state: &mut State,
         clusters: Range<u64>,
-        entries: u64,
-    ) -> Result<(), Error> {
+        is_free: impl Fn(u64) -> bool,
+    ) {
+        let entries = self.geometry.refcount_block_entries();
         // Whether old bytes of a device are zero is unknown.
         if self.can_grow && state.fresh_from == u64::MAX {
             state.fresh_from = clusters.start;
@@ -158,26 +182,13 @@ impl Allocator {
                 let below = block * entries..part.start;
                 state.free.learn(block, below, |_| false);
             }
-            let Some(counts) = state.blocks.get(block) else {
-                return Err(Error::new(
-                    ErrorKind::Failed,
-                    "the refcount cache is too small to grow the image",
-                ));
-            };
-            let free: Vec<u64> = part
-                .filter(|cluster| {
-                    let index = usize::try_from(cluster % entries).unwrap_or(0);
-                    counts.get(index) == 0
-                })
-                .collect();
             let protected = lock(&self.protected);
-            for cluster in free {
+            for cluster in part.filter(|cluster| is_free(*cluster)) {
                 if !protected.overlaps(&(cluster..cluster + 1)) {
                     state.free.set_free(cluster, 1, entries);
                 }
             }
         }
-        Ok(())
     }
 
     /// Moves the refcount table to a longer place past everything it covers now.
@@ -231,15 +242,19 @@ impl Allocator {
         let fault = |error| Error::io("cannot write a longer refcount table", error);
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
         storage.write(self.file, table_offset, sg).await.map_err(fault)?;
-        storage.sync_data(self.file).await.map_err(fault)?;
+        // A failed sync may have lost what guests were told is written.
+        if keeps!(TableBeforeHeader) {
+            storage.sync_data(self.file).await.map_err(|error| {
+                Error::failed("cannot make a longer refcount table durable", error)
+            })?;
+        }
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
             .update(storage, |header| {
                 header.refcount_table_offset = HostOffset::new(table_offset);
                 header.refcount_table_clusters = clusters_word;
             })
-            .await
-            .map_err(|error| Error::new(ErrorKind::Failed, error.chain()))?;
+            .await?;
         {
             let mut state = lock(&self.state);
             let state = &mut *state;
@@ -251,7 +266,8 @@ impl Allocator {
                 state.blocks.insert_named(new.block, bytes);
             }
             lock(&self.protected).add(own.start..end);
-            self.open_clusters(state, start..end, entries)?;
+            // The table and its blocks take all of it.
+            self.open_clusters(state, start..end, |_| false);
         }
         let old_start = old_offset >> self.geometry.cluster_bits();
         lock(&self.protected).remove(&(old_start..old_start + old_clusters));

@@ -40,6 +40,9 @@ use crate::units::HostOffset;
 
 pub(crate) use self::blocks::{BlockCopy, TableWrite};
 
+/// On a device a worker reserves at most this part of what is known to be free.
+const RESERVED_SHARE: u64 = 64;
+
 /// A run of host clusters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Run {
@@ -178,16 +181,27 @@ impl Allocator {
         cluster / self.geometry.refcount_block_entries()
     }
 
-    /// Takes up to `count` contiguous free clusters, at least one.
+    /// Takes up to `count` contiguous free clusters, at least one; more than `need` only where there
+    /// is plenty, since what one worker has reserved no other can have.
     ///
     /// # Errors
     /// `NoSpace` when the host or the device has no more, `Io`/`Corrupt` when a refcount block
     /// cannot be loaded. Nothing is taken then.
-    pub(crate) async fn reserve<S: Storage>(&self, storage: &S, count: u64) -> Result<Run, Error> {
+    pub(crate) async fn reserve<S: Storage>(
+        &self,
+        storage: &S,
+        need: u64,
+        count: u64,
+    ) -> Result<Run, Error> {
         let mut reclaimed = false;
         loop {
             let need = {
                 let mut state = lock(&self.state);
+                let count = if self.can_grow {
+                    count
+                } else {
+                    count.min(state.free.count() / RESERVED_SHARE).max(need)
+                };
                 if let Some(run) = state.take_free(count) {
                     return Ok(run);
                 }
@@ -306,6 +320,8 @@ impl Allocator {
             // has refcount 0, but is not free.
             if !lock(&self.state).free.knows(block) {
                 self.scan(storage, block).await?;
+                // Evicted while it was being looked at: again.
+                continue;
             }
             self.load_block(storage, block).await?;
             let mut state = lock(&self.state);
@@ -339,6 +355,9 @@ impl Allocator {
                 // Who resolved through the old table has finished: nobody loads it again.
                 self.retire_tables(start, count);
             }
+            if !keeps!(PunchBeforeReuse) {
+                self.give_back(start, count);
+            }
             if self.discard {
                 let len = count << self.geometry.cluster_bits();
                 let punched = storage.punch_hole(self.file, self.offset(start).get(), len).await;
@@ -350,7 +369,9 @@ impl Allocator {
                     );
                 }
             }
-            self.give_back(start, count);
+            if keeps!(PunchBeforeReuse) {
+                self.give_back(start, count);
+            }
             freed = true;
         }
     }
@@ -421,12 +442,6 @@ impl Allocator {
     /// Where managed clusters end, in bytes: entries at or past it are dangling.
     pub(crate) fn end_offset(&self) -> u64 {
         self.offset(lock(&self.state).end).get()
-    }
-
-    /// Number of clusters that may be used right now without growing (for tests and statistics).
-    #[cfg(test)]
-    pub(crate) fn free_clusters(&self) -> u64 {
-        lock(&self.state).free.count()
     }
 }
 
