@@ -11,6 +11,8 @@
 mod kit;
 
 #[cfg(test)]
+mod docs;
+#[cfg(test)]
 mod referee;
 #[cfg(test)]
 mod support;
