@@ -6,14 +6,16 @@
 //! * [`mod@format`]: bytes to values and back, as the qcow2 specification lays them out. Pure.
 //! * [`storage`]: host file I/O in bytes: the contract, io_uring, aligned buffers, image locks.
 //! * [`engine`]: qcow2 semantics over storage: resolve, allocate, write order, caches, check.
-//! * [`device`]: virtio-blk over vhost-user on an engine image.
+//! * [`device`]: virtio-blk over vhost-user, on an image of the engine.
 //! * [`control`]: the control socket, which speaks QMP.
-//! * [`tools`]: create, info and check, for people and scripts.
 //! * [`args`], [`config`]: the command line as typed and as used.
+//! * [`daemon`]: the life cycle of the process that serves.
+//! * [`tools`]: the commands that work on images without serving them.
 
 pub mod args;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod device;
 pub mod engine;
 pub mod format;

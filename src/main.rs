@@ -1,1 +1,54 @@
-fn main() {}
+//! The `qblkd` command: parses the command line, runs what it asks for, and maps the outcome to an
+//! exit code. Everything else is in the library.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use qblkd::args::Cli;
+use qblkd::config::{CAPABILITIES, Config, ServeConfig};
+use qblkd::{daemon, tools};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too, with success.
+            let code = u8::from(error.use_stderr());
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
+        }
+    };
+    match Config::try_from(cli) {
+        Ok(Config::Serve(config)) => serve(&config),
+        Ok(Config::PrintCapabilities) => {
+            let printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
+            if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Ok(Config::Create(config)) => tools::create(&config).into(),
+        Ok(Config::Info(config)) => tools::info(&config).into(),
+        Ok(Config::Check(config)) => tools::check(&config).into(),
+        Err(error) => complain(&error),
+    }
+}
+
+fn serve(config: &ServeConfig) -> ExitCode {
+    env_logger::Builder::new().parse_filters(&config.log_filter).init();
+    match daemon::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => complain(&error),
+    }
+}
+
+/// Prints an error with all its causes, once.
+fn complain(error: &dyn std::error::Error) -> ExitCode {
+    let mut line = format!("qblkd: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    // There is nobody left to tell if stderr is gone.
+    let _ = writeln!(std::io::stderr(), "{line}");
+    ExitCode::FAILURE
+}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::config::{Format, ImageConfig, Locking as LockingConfig};
+use crate::config::{ImageConfig, Locking as LockingConfig};
 use crate::engine::chain::{ChainOptions, OpenLayer, open_chain};
 use crate::engine::info::{ImageInfo, info};
 use crate::engine::{self, ErrorKind, Image, LayerFormat, LayerSpec, OpenOptions};
@@ -39,10 +39,7 @@ impl Chain {
             direct: config.cache.is_direct(),
             backing_dirs: config.backing_dirs.clone(),
         };
-        let format = match config.format {
-            Format::Qcow2 => LayerFormat::Qcow2,
-            Format::Raw => LayerFormat::Raw,
-        };
+        let format = config.format.into();
         let layers = open_chain(&config.path, format, &options, &mut |file, read_only| {
             let kind = if read_only { LockKind::Reader } else { LockKind::Writer };
             let lock = ImageLock::take(file, kind, locking, LOCK_PATIENCE).map_err(|error| {

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{debug, error, warn};
+use log::{debug, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
 use vhost_user_backend::bitmap::BitmapReplace;
@@ -40,6 +40,9 @@ struct State {
     log: Option<RegionLog>,
     /// The memory in use.
     memory: Option<Arc<SharedMemory>>,
+    /// What ends the framework's ring thread. Made before the framework asks: without it, that
+    /// thread could never be joined.
+    exit_event: Option<(EventConsumer, EventNotifier)>,
     /// Descriptors that the framework takes and never closes.
     leaked: Vec<RawFd>,
 }
@@ -50,18 +53,23 @@ impl Backend {
         workers: Arc<[WorkerHandle]>,
         queue_count: u16,
         queue_size_max: u16,
-    ) -> Arc<Self> {
+    ) -> io::Result<Arc<Self>> {
+        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        let state = State {
+            exit_event: Some(new_event_consumer_and_notifier(flags)?),
+            ..State::default()
+        };
         config.reset();
         let controls = (0..usize::from(queue_count))
             .map(|index| VringControl::new(index, workers[index % workers.len()].clone()))
             .collect();
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             config,
             workers,
             controls,
             queue_size_max,
-            state: Mutex::default(),
-        })
+            state: Mutex::new(state),
+        }))
     }
 
     pub(super) fn controls(&self) -> impl Iterator<Item = Arc<VringControl>> {
@@ -182,16 +190,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        match new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC) {
-            Ok((consumer, notifier)) => {
-                self.lock().leaked.push(consumer.as_raw_fd());
-                Some((consumer, notifier))
-            }
-            Err(error) => {
-                error!("no eventfd to end the framework's thread: {error}");
-                None
-            }
-        }
+        let mut state = self.lock();
+        let (consumer, notifier) = state.exit_event.take()?;
+        // The framework registers this descriptor and forgets it.
+        state.leaked.push(consumer.as_raw_fd());
+        Some((consumer, notifier))
     }
 
     /// The framework has marked the ring as not ready, whose hook has drained it already.

@@ -69,10 +69,6 @@ impl RegionLog {
     }
 
     /// Byte and bit of a page of the region. `new` has checked that the last page lies in the log.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "usize is 64 bits wide on every host that has io_uring and vhost-user"
-    )]
     fn position(&self, page: u64) -> (usize, u32) {
         let page = self.first_page + page;
         (

@@ -14,10 +14,7 @@
 //! more than one message for the other. A malformed message ends its own connection and nothing else.
 //! When a connection has ended, nothing of it is in flight.
 
-#![expect(
-    unsafe_code,
-    reason = "descriptor passing and ownership; see the module's text"
-)]
+#![expect(unsafe_code, reason = "descriptor passing; see the module's text")]
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -51,6 +48,11 @@ const FILES_MAX: usize = 32;
 /// vhost-user: a memory region is guest address, size, user address, offset in the file.
 const REGION_SIZE: usize = 32;
 
+/// No time limit for `poll`.
+const FOR_EVER: libc::c_int = -1;
+/// After a failed accept, time for descriptors to become free.
+const ACCEPT_RETRY_MS: libc::c_int = 100;
+
 /// Requests that the front door looks into.
 mod request {
     pub(super) const SET_MEM_TABLE: u32 = 5;
@@ -68,6 +70,21 @@ pub enum FrontEnd {
 }
 
 impl FrontEnd {
+    /// Takes a copy of a socket that a parent process gave us by number. The number itself stays
+    /// what the parent made it.
+    ///
+    /// # Errors
+    /// If the number is not an open descriptor, or not of a socket.
+    pub fn from_number(number: RawFd) -> io::Result<Self> {
+        // SAFETY: the call takes numbers only; one that is not open is answered with EBADF.
+        let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
+        if copy < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call above has just made this descriptor; nobody else knows it.
+        Self::from_fd(unsafe { OwnedFd::from_raw_fd(copy) })
+    }
+
     /// Takes over a socket given by descriptor, listening or connected.
     ///
     /// # Errors
@@ -175,32 +192,47 @@ pub(super) fn serve(
     front_end: FrontEnd,
     private: &mut PrivateListener,
     stop: &EventFd,
-    new_backend: impl Fn() -> Arc<Backend>,
+    new_backend: impl Fn() -> io::Result<Arc<Backend>>,
 ) {
-    match front_end {
-        FrontEnd::Connection(stream) => {
-            serve_connection(stream, private, stop, &new_backend());
+    let mut serve_one = |stream: &UnixStream| match new_backend() {
+        Ok(backend) => serve_connection(stream, private, stop, &backend),
+        Err(error) => {
+            error!("cannot serve the front-end: {error}");
+            Ending::FrontEndGone
         }
-        FrontEnd::Listener(listener) => loop {
-            match wait_readable(listener.as_fd(), stop) {
-                Ok(Ending::Stopped) => return,
-                Ok(Ending::FrontEndGone) => {}
-                Err(error) => {
-                    error!("waiting for a front-end: {error}");
+    };
+    let listener = match front_end {
+        FrontEnd::Connection(stream) => {
+            serve_one(&stream);
+            return;
+        }
+        FrontEnd::Listener(listener) => listener,
+    };
+    loop {
+        match wait_readable(listener.as_fd(), stop) {
+            Ok(Ending::Stopped) => return,
+            Ok(Ending::FrontEndGone) => {}
+            Err(error) => {
+                error!("waiting for a front-end: {error}");
+                return;
+            }
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                info!("front-end connected");
+                if serve_one(&stream) == Ending::Stopped {
                     return;
                 }
             }
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    info!("front-end connected");
-                    if serve_connection(stream, private, stop, &new_backend()) == Ending::Stopped {
-                        return;
-                    }
+            Err(error) => {
+                // A front-end that left before it was accepted; or no descriptors, for a while.
+                warn!("cannot accept a front-end: {error}");
+                let mut entries = [poll_entry(stop.as_raw_fd(), libc::POLLIN)];
+                if poll(&mut entries, ACCEPT_RETRY_MS).is_err() || entries[0].revents != 0 {
+                    return;
                 }
-                // A front-end that left before it was accepted, or another process's accept.
-                Err(error) => debug!("accept: {error}"),
             }
-        },
+        }
     }
 }
 
@@ -210,7 +242,7 @@ fn wait_readable(socket: impl AsFd, stop: &EventFd) -> io::Result<Ending> {
         poll_entry(stop.as_raw_fd(), libc::POLLIN),
         poll_entry(socket.as_fd().as_raw_fd(), libc::POLLIN),
     ];
-    poll(&mut entries)?;
+    poll(&mut entries, FOR_EVER)?;
     Ok(if entries[0].revents != 0 {
         Ending::Stopped
     } else {
@@ -219,14 +251,14 @@ fn wait_readable(socket: impl AsFd, stop: &EventFd) -> io::Result<Ending> {
 }
 
 fn serve_connection(
-    stream: UnixStream,
+    stream: &UnixStream,
     private: &mut PrivateListener,
     stop: &EventFd,
     backend: &Arc<Backend>,
 ) -> Ending {
     let ending = match connect_framework(private, backend) {
         Ok((mut daemon, inner)) => {
-            let ending = match relay(&stream, &inner, stop) {
+            let ending = match relay(stream, &inner, stop) {
                 Ok(ending) => ending,
                 Err(error) => {
                     warn!(
@@ -299,7 +331,7 @@ fn relay(front: &UnixStream, back: &UnixStream, stop: &EventFd) -> Result<Ending
             requests.wants(),
             replies.wants(),
         ];
-        poll(&mut entries)?;
+        poll(&mut entries, FOR_EVER)?;
         if entries[0].revents != 0 {
             return Ok(Ending::Stopped);
         }
@@ -320,11 +352,11 @@ fn poll_entry(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     }
 }
 
-fn poll(entries: &mut [libc::pollfd]) -> io::Result<()> {
+fn poll(entries: &mut [libc::pollfd], timeout_ms: libc::c_int) -> io::Result<()> {
     let count = libc::nfds_t::try_from(entries.len()).map_err(io::Error::other)?;
     loop {
         // SAFETY: `entries` is a live array of `count` entries.
-        let result = unsafe { libc::poll(entries.as_mut_ptr(), count, -1) };
+        let result = unsafe { libc::poll(entries.as_mut_ptr(), count, timeout_ms) };
         if result >= 0 {
             return Ok(());
         }

@@ -15,10 +15,7 @@
 //! the last completion for it has been reaped (`worker.rs`), so the mapping outlives the kernel's use.
 //! Bytes there may change at any time under us; each is read once and copied.
 
-#![expect(
-    unsafe_code,
-    reason = "guest memory is shared with the guest: raw pointers only; see the module's text"
-)]
+#![expect(unsafe_code, reason = "guest memory; see the module's text")]
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -33,6 +30,9 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 use super::bitmap::DirtyBitmap;
 use crate::storage::ring::Full;
 use crate::storage::{Direction, FileId, HostFile, Ring, SgList};
+
+/// Pieces that a buffer keeps room for between requests: more than `seg_max` asks for.
+const PIECES_KEPT: usize = 256;
 
 /// The framework's guest memory with our dirty bitmap.
 pub(super) type SharedMemory = GuestMemoryMmap<DirtyBitmap>;
@@ -249,6 +249,10 @@ impl GuestBuf {
 
     pub(super) fn clear(&mut self) {
         self.iovs.clear();
+        // One huge request must not cost memory for ever.
+        if self.iovs.capacity() > PIECES_KEPT {
+            self.iovs.shrink_to(PIECES_KEPT);
+        }
         self.first = 0;
         self.len = 0;
         self.memory = None;

@@ -27,9 +27,9 @@ pub(super) const SECTOR_SIZE: u64 = 512;
 /// virtio-blk: type, reserved word, sector.
 const HEADER_SIZE: usize = 16;
 /// virtio-blk: sector, number of sectors, flags.
-const SEGMENT_SIZE: u64 = 16;
+const SEGMENT_SIZE: usize = 16;
 /// virtq_desc.
-const DESCRIPTOR_SIZE: u64 = 16;
+const DESCRIPTOR_SIZE: usize = 16;
 /// virtio-blk: length of the GET_ID string.
 pub(super) const SERIAL_SIZE: usize = 20;
 /// Segments of one DISCARD or WRITE_ZEROES that the configuration space promises.
@@ -251,13 +251,15 @@ fn segments(
     payload: &mut GuestBuf,
     flags_allowed: u32,
 ) -> Result<Vec<Segment>, Status> {
-    let count = payload.len() / SEGMENT_SIZE;
-    if !payload.len().is_multiple_of(SEGMENT_SIZE) || count == 0 || count > u64::from(SEGMENTS_MAX)
+    let count = payload.len() / SEGMENT_SIZE as u64;
+    if !payload.len().is_multiple_of(SEGMENT_SIZE as u64)
+        || count == 0
+        || count > u64::from(SEGMENTS_MAX)
     {
         return Err(Status::IoError);
     }
     let mut segments = Vec::new();
-    let mut bytes = [0; SEGMENT_SIZE as usize];
+    let mut bytes = [0; SEGMENT_SIZE];
     while payload.take_front(&mut bytes) {
         let [
             s0,
@@ -367,16 +369,16 @@ fn walk_indirect(
     buffers: &mut Buffers,
 ) -> Framing {
     let len = u64::from(table.len);
-    let count = len / DESCRIPTOR_SIZE;
-    if !len.is_multiple_of(DESCRIPTOR_SIZE) || count == 0 {
+    let count = len / DESCRIPTOR_SIZE as u64;
+    if !len.is_multiple_of(DESCRIPTOR_SIZE as u64) || count == 0 {
         return Framing::LOST;
     }
     let mut index = 0;
     for _ in 0..count.min(INDIRECT_MAX) {
-        let mut bytes = [0; DESCRIPTOR_SIZE as usize];
+        let mut bytes = [0; DESCRIPTOR_SIZE];
         let read = table
             .guest_address
-            .checked_add(index * DESCRIPTOR_SIZE)
+            .checked_add(index * DESCRIPTOR_SIZE as u64)
             .is_some_and(|address| memory.read(address, &mut bytes));
         if !read {
             return Framing::LOST;
@@ -417,4 +419,339 @@ fn walk_indirect(
         }
     }
     Framing::LOST
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::desc::split::Descriptor as MockDescriptor;
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::device::guest_buf::SharedMemory;
+    use crate::device::vring::RingAddresses;
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+    const QUEUE_SIZE: u16 = 16;
+    /// Two regions that touch at `SEAM`, one that ends at `END`.
+    const SEAM: u64 = 0x10_0000;
+    const END: u64 = 0x20_0000;
+    const HEADER: u64 = 0x1_0000;
+    const DATA: u64 = 0x2_0000;
+    const STATUS: u64 = 0x3_0000;
+    const TABLE: u64 = 0x4_0000;
+    const SECTOR_COUNT: u64 = 1000;
+
+    struct Guest {
+        shared: Arc<SharedMemory>,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let ranges = [
+                (GuestAddress(0), 0x10_0000),
+                (GuestAddress(SEAM), 0x10_0000),
+            ];
+            Self {
+                shared: Arc::new(SharedMemory::from_ranges(&ranges).unwrap()),
+            }
+        }
+
+        fn header(&self, at: u64, kind: u32, sector: u64) {
+            self.shared.write_obj(kind, GuestAddress(at)).unwrap();
+            self.shared.write_obj(0_u32, GuestAddress(at + 4)).unwrap();
+            self.shared.write_obj(sector, GuestAddress(at + 8)).unwrap();
+        }
+
+        fn segment(&self, at: u64, sector: u64, count: u32, flags: u32) {
+            self.shared.write_obj(sector, GuestAddress(at)).unwrap();
+            self.shared.write_obj(count, GuestAddress(at + 8)).unwrap();
+            self.shared.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        }
+
+        fn table(&self, at: u64, descriptors: &[(u64, u32, u16, u16)]) {
+            for (index, descriptor) in descriptors.iter().enumerate() {
+                let address = GuestAddress(at + 16 * index as u64);
+                self.shared.write_obj(raw(descriptor), address).unwrap();
+            }
+        }
+
+        /// Parses the chain that starts at descriptor 0 of the given table.
+        fn parse(
+            &self,
+            descriptors: &[(u64, u32, u16, u16)],
+        ) -> (Result<Command, Refusal>, Buffers) {
+            self.parse_with(descriptors, false)
+        }
+
+        fn parse_with(
+            &self,
+            descriptors: &[(u64, u32, u16, u16)],
+            read_only: bool,
+        ) -> (Result<Command, Refusal>, Buffers) {
+            let queue = MockSplitQueue::create(&*self.shared, GuestAddress(0), QUEUE_SIZE);
+            for (index, descriptor) in (0..).zip(descriptors) {
+                queue.desc_table().store(index, raw(descriptor)).unwrap();
+            }
+            let memory = Rc::new(GuestMemory::new(Arc::clone(&self.shared)));
+            let addresses = RingAddresses {
+                descriptors: queue.desc_table_addr().0,
+                avail: queue.avail_addr().0,
+                used: queue.used_addr().0,
+            };
+            let ring = RingMemory::map(&memory, addresses, QUEUE_SIZE).unwrap();
+            let limits = Limits {
+                sector_count: SECTOR_COUNT,
+                block_sectors: 1,
+                read_only,
+            };
+            let mut buffers = Buffers::default();
+            let parsed = parse(&ring, &memory, 0, &limits, &mut buffers);
+            (parsed, buffers)
+        }
+    }
+
+    fn raw(&(address, len, flags, next): &(u64, u32, u16, u16)) -> RawDescriptor {
+        MockDescriptor::new(address, len, flags, next).into()
+    }
+
+    fn read_chain(data_len: u32) -> [(u64, u32, u16, u16); 3] {
+        [
+            (HEADER, 16, NEXT, 1),
+            (DATA, data_len, NEXT | WRITE, 2),
+            (STATUS, 1, WRITE, 0),
+        ]
+    }
+
+    fn write_chain(data_len: u32) -> [(u64, u32, u16, u16); 3] {
+        [
+            (HEADER, 16, NEXT, 1),
+            (DATA, data_len, NEXT, 2),
+            (STATUS, 1, WRITE, 0),
+        ]
+    }
+
+    const IO_ERROR: Result<Command, Refusal> = Err(Refusal::Status(Status::IoError));
+    const UNSUPPORTED: Result<Command, Refusal> = Err(Refusal::Status(Status::Unsupported));
+
+    #[test]
+    fn a_plain_read_is_its_data_and_its_offset() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 7);
+        let (command, buffers) = guest.parse(&read_chain(4096));
+        assert_eq!(command, Ok(Command::Read { offset: 7 * 512 }));
+        assert_eq!((buffers.writable.len(), buffers.readable.len()), (4096, 0));
+        assert!(buffers.status.is_some());
+    }
+
+    #[test]
+    fn header_may_be_split_and_status_may_end_the_last_buffer() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 1);
+        let (command, buffers) = guest.parse(&[
+            (HEADER, 3, NEXT, 1),
+            (HEADER + 3, 13, NEXT, 2),
+            (DATA, 513, WRITE, 0),
+        ]);
+        assert_eq!(command, Ok(Command::Read { offset: 512 }));
+        assert_eq!(buffers.writable.len(), 512);
+        buffers.status.unwrap().write(0x5a);
+        let status: u8 = guest.shared.read_obj(GuestAddress(DATA + 512)).unwrap();
+        assert_eq!(status, 0x5a);
+    }
+
+    #[test]
+    fn header_and_data_may_share_a_descriptor_and_empty_ones_mean_nothing() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_OUT, 0);
+        let (command, buffers) = guest.parse(&[
+            (u64::MAX, 0, NEXT, 1),
+            (HEADER, 16 + 512, NEXT, 2),
+            (STATUS, 1, NEXT | WRITE, 3),
+            (u64::MAX, 0, WRITE, 0),
+        ]);
+        assert_eq!(command, Ok(Command::Write { offset: 0 }));
+        assert_eq!(buffers.readable.len(), 512);
+        assert!(buffers.status.is_some());
+    }
+
+    #[test]
+    fn data_across_two_regions_is_two_pieces() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_OUT, 0);
+        let (command, buffers) = guest.parse(&[
+            (HEADER, 16, NEXT, 1),
+            (SEAM - 512, 1024, NEXT, 2),
+            (STATUS, 1, WRITE, 0),
+        ]);
+        assert_eq!(command, Ok(Command::Write { offset: 0 }));
+        assert_eq!(
+            (buffers.readable.len(), buffers.readable.pieces()),
+            (1024, 2)
+        );
+    }
+
+    #[test]
+    fn ranges_end_at_the_disk_and_do_not_overflow() {
+        let guest = Guest::new();
+        let read = |sector, len| {
+            guest.header(HEADER, VIRTIO_BLK_T_IN, sector);
+            guest.parse(&read_chain(len)).0
+        };
+        let last = SECTOR_COUNT - 1;
+        assert_eq!(read(last, 512), Ok(Command::Read { offset: last * 512 }));
+        assert_eq!(read(last, 1024), IO_ERROR);
+        assert_eq!(read(SECTOR_COUNT, 512), IO_ERROR);
+        assert_eq!(read(u64::MAX, 512), IO_ERROR);
+        assert_eq!(read(u64::MAX / 512, 512), IO_ERROR);
+        assert_eq!(read(0, 511), IO_ERROR);
+        assert_eq!(read(0, 513), IO_ERROR);
+    }
+
+    #[test]
+    fn a_read_only_disk_refuses_writes() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_OUT, 0);
+        assert_eq!(guest.parse_with(&write_chain(512), true).0, IO_ERROR);
+    }
+
+    #[test]
+    fn unknown_types_are_unsupported() {
+        let guest = Guest::new();
+        for kind in [2, 3, 99, u32::MAX] {
+            guest.header(HEADER, kind, 0);
+            assert_eq!(guest.parse(&read_chain(512)).0, UNSUPPORTED, "type {kind}");
+        }
+    }
+
+    #[test]
+    fn segments_are_checked_one_by_one() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_WRITE_ZEROES, 0);
+        guest.segment(DATA, 1, 2, 1);
+        guest.segment(DATA + 16, 990, 10, 0);
+        let segments = vec![
+            Segment {
+                offset: 512,
+                len: 1024,
+                unmap: true,
+            },
+            Segment {
+                offset: 990 * 512,
+                len: 5120,
+                unmap: false,
+            },
+        ];
+        assert_eq!(
+            guest.parse(&write_chain(32)).0,
+            Ok(Command::WriteZeroes(segments))
+        );
+        guest.segment(DATA + 16, 991, 10, 0);
+        assert_eq!(guest.parse(&write_chain(32)).0, IO_ERROR);
+        guest.segment(DATA + 16, 0, SEGMENT_SECTORS_MAX + 1, 0);
+        assert_eq!(guest.parse(&write_chain(32)).0, IO_ERROR);
+        guest.segment(DATA + 16, 0, 1, 2);
+        assert_eq!(guest.parse(&write_chain(32)).0, UNSUPPORTED);
+        assert_eq!(guest.parse(&write_chain(24)).0, IO_ERROR);
+        assert_eq!(guest.parse(&write_chain(0)).0, IO_ERROR);
+        assert_eq!(guest.parse(&write_chain(65 * 16)).0, IO_ERROR);
+    }
+
+    #[test]
+    fn discard_has_no_unmap_flag() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_DISCARD, 0);
+        guest.segment(DATA, 0, 1, 1);
+        assert_eq!(guest.parse(&write_chain(16)).0, UNSUPPORTED);
+    }
+
+    #[test]
+    fn without_a_place_for_the_status_the_chain_goes_back() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 0);
+        let no_status = Err(Refusal::NoStatus);
+        assert_eq!(guest.parse(&[(HEADER, 16, 0, 0)]).0, no_status);
+        let outside = [(HEADER, 16, NEXT, 1), (END - 1, 2, WRITE, 0)];
+        assert_eq!(guest.parse(&outside).0, no_status);
+        let wrapping = [(HEADER, 16, NEXT, 1), (u64::MAX, 2, WRITE, 0)];
+        assert_eq!(guest.parse(&wrapping).0, no_status);
+    }
+
+    #[test]
+    fn bad_data_with_a_good_status_is_an_io_error() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 0);
+        let status = (STATUS, 1, WRITE, 0);
+        let unmapped_data = [(HEADER, 16, NEXT, 1), (END, 512, NEXT | WRITE, 2), status];
+        assert_eq!(guest.parse(&unmapped_data).0, IO_ERROR);
+        let mixed = [
+            (HEADER, 16, NEXT, 1),
+            (DATA, 512, NEXT | WRITE, 2),
+            (DATA, 512, NEXT, 3),
+            status,
+        ];
+        assert_eq!(guest.parse(&mixed).0, IO_ERROR);
+        let short_header = [(HEADER, 15, NEXT, 1), status];
+        assert_eq!(guest.parse(&short_header).0, IO_ERROR);
+    }
+
+    #[test]
+    fn a_loop_ends_and_an_index_past_the_table_breaks_the_ring() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 0);
+        let looping = [(HEADER, 16, NEXT, 1), (DATA, 512, NEXT | WRITE, 1)];
+        assert_eq!(guest.parse(&looping).0, Err(Refusal::NoStatus));
+        let beyond = [(HEADER, 16, NEXT, QUEUE_SIZE)];
+        assert_eq!(
+            guest.parse(&beyond).0,
+            Err(Refusal::RingBroken {
+                descriptor: QUEUE_SIZE
+            })
+        );
+    }
+
+    #[test]
+    fn an_indirect_table_is_a_chain_wherever_it_lies() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 3);
+        // Unaligned, and in the second case across two regions.
+        for table in [TABLE + 4, SEAM - 20] {
+            guest.table(table, &read_chain(512));
+            let (command, buffers) = guest.parse(&[(table, 48, INDIRECT, 0)]);
+            assert_eq!(command, Ok(Command::Read { offset: 3 * 512 }));
+            assert_eq!(buffers.writable.len(), 512);
+        }
+    }
+
+    #[test]
+    fn bad_indirect_tables_go_back_without_a_status() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 0);
+        let no_status = Err(Refusal::NoStatus);
+        guest.table(TABLE, &read_chain(512));
+        for len in [0, 15, 47] {
+            assert_eq!(guest.parse(&[(TABLE, len, INDIRECT, 0)]).0, no_status);
+        }
+        // Too short for its own links, nested, looping, and outside of memory.
+        assert_eq!(guest.parse(&[(TABLE, 32, INDIRECT, 0)]).0, no_status);
+        guest.table(TABLE, &[(TABLE, 48, INDIRECT, 0)]);
+        assert_eq!(guest.parse(&[(TABLE, 48, INDIRECT, 0)]).0, no_status);
+        guest.table(TABLE, &[(DATA, 1, NEXT, 0)]);
+        assert_eq!(guest.parse(&[(TABLE, 16, INDIRECT, 0)]).0, no_status);
+        assert_eq!(guest.parse(&[(END, 48, INDIRECT, 0)]).0, no_status);
+        assert_eq!(guest.parse(&[(u64::MAX - 8, 48, INDIRECT, 0)]).0, no_status);
+    }
+
+    #[test]
+    fn an_indirect_descriptor_with_a_successor_is_an_io_error() {
+        let guest = Guest::new();
+        guest.header(HEADER, VIRTIO_BLK_T_IN, 0);
+        guest.table(TABLE, &read_chain(512));
+        assert_eq!(guest.parse(&[(TABLE, 48, INDIRECT | NEXT, 1)]).0, IO_ERROR);
+    }
 }

@@ -24,9 +24,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::LayerFormat;
 use super::error::{Error, ErrorKind};
 use super::source::Source;
-use super::LayerFormat;
 use crate::format::Header;
 use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 
@@ -75,20 +75,37 @@ pub fn open_chain(
     opened: &mut Opened<'_>,
 ) -> Result<Vec<OpenLayer>, Error> {
     let granted = granted_folders(&options.backing_dirs)?;
-    let mode = OpenMode { write: !options.read_only, direct: options.direct };
+    let mode = OpenMode {
+        write: !options.read_only,
+        direct: options.direct,
+    };
     let file = open(path, mode)
         .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
     let mut seen = HashSet::from([identity(&file, path)?]);
-    let mut layers = vec![layer(file, path.to_owned(), format, options.read_only, opened)?];
+    let mut layers = vec![layer(
+        file,
+        path.to_owned(),
+        format,
+        options.read_only,
+        opened,
+    )?];
     // The user named the image: its files are where that name leads, or where it stands.
-    let mut folders = vec![folder_of(&real_path(path, &layers[0].file)?), given_folder(path)?];
-    while let Some(name) = layers.last().and_then(|last| Backing::of(&last.path, last.header.as_ref()))
+    let mut folders = vec![
+        folder_of(&real_path(path, &layers[0].file)?),
+        given_folder(path)?,
+    ];
+    while let Some(name) = layers
+        .last()
+        .and_then(|last| Backing::of(&last.path, last.header.as_ref()))
     {
         let next = next_layer(&name, layers.len(), &granted, &folders, options.direct)?;
         if !seen.insert(identity(&next.file, &next.path)?) {
             return Err(Error::new(
                 ErrorKind::Invalid,
-                format!("{} is its own backing file: the chain is a loop", next.path.display()),
+                format!(
+                    "{} is its own backing file: the chain is a loop",
+                    next.path.display()
+                ),
             )
             .context(name.context()));
         }
@@ -149,7 +166,7 @@ impl Backing {
             None => Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "the image does not say its format, which is never guessed: set it with \
+                    "the image does not say the backing format, which is never guessed: set it with \
                      'qemu-img rebase -u -b NAME -F FORMAT {}'",
                     self.overlay.display()
                 ),
@@ -162,11 +179,17 @@ impl Backing {
         if let Some(protocol) = protocol(&self.name) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("the protocol '{}:' is not supported", protocol.escape_ascii()),
+                format!(
+                    "the protocol '{}:' is not supported",
+                    protocol.escape_ascii()
+                ),
             ));
         }
         if self.name.contains(&0) {
-            return Err(Error::new(ErrorKind::Invalid, "the name contains a zero byte"));
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "the name contains a zero byte",
+            ));
         }
         let name = Path::new(OsStr::from_bytes(&self.name));
         Ok(self.overlay.parent().unwrap_or(Path::new("")).join(name))
@@ -189,7 +212,10 @@ fn next_layer(
     direct: bool,
 ) -> Result<NextFile, Error> {
     let inside = |real: &Path| {
-        let allowed = granted.iter().chain(folders).any(|folder| real.starts_with(folder));
+        let allowed = granted
+            .iter()
+            .chain(folders)
+            .any(|folder| real.starts_with(folder));
         if allowed {
             return Ok(());
         }
@@ -219,9 +245,20 @@ fn next_layer(
             .open(&path)
             .map_err(missing)?;
         inside(&fd_path(&probe, &path)?)?;
-        let file = open(&path, OpenMode { write: false, direct }).map_err(missing)?;
+        let file = open(
+            &path,
+            OpenMode {
+                write: false,
+                direct,
+            },
+        )
+        .map_err(missing)?;
         inside(&real_path(&path, &file)?)?;
-        Ok(NextFile { file, path: path.clone(), format })
+        Ok(NextFile {
+            file,
+            path: path.clone(),
+            format,
+        })
     };
     open_next().map_err(|error: Error| error.context(name.context()))
 }
@@ -250,7 +287,13 @@ fn layer(
             Some(header)
         }
     };
-    Ok(OpenLayer { file, path, format, read_only, header })
+    Ok(OpenLayer {
+        file,
+        path,
+        format,
+        read_only,
+        header,
+    })
 }
 
 /// The real paths of the folders that the user gave.
@@ -259,7 +302,10 @@ fn granted_folders(backing_dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
         .iter()
         .map(|folder| {
             fs::canonicalize(folder).map_err(|error| {
-                Error::io(format!("cannot use --backing-dir {}", folder.display()), error)
+                Error::io(
+                    format!("cannot use --backing-dir {}", folder.display()),
+                    error,
+                )
             })
         })
         .collect()
@@ -271,8 +317,12 @@ fn given_folder(path: &Path) -> Result<PathBuf, Error> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    fs::canonicalize(folder)
-        .map_err(|error| Error::io(format!("cannot use the folder of {}", path.display()), error))
+    fs::canonicalize(folder).map_err(|error| {
+        Error::io(
+            format!("cannot use the folder of {}", path.display()),
+            error,
+        )
+    })
 }
 
 /// The folder that a real path stands in.
@@ -288,7 +338,10 @@ fn real_path(path: &Path, file: &HostFile) -> Result<PathBuf, Error> {
 /// Where an open descriptor really is: unlike resolving the name, this cannot be raced.
 fn fd_path(file: &fs::File, path: &Path) -> Result<PathBuf, Error> {
     fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| {
-        Error::io(format!("cannot find out where {} really is", path.display()), error)
+        Error::io(
+            format!("cannot find out where {} really is", path.display()),
+            error,
+        )
     })
 }
 
@@ -308,8 +361,16 @@ mod tests {
     /// Makes a small image at `path`, with a backing file if one is named.
     fn make(path: &Path, backing: Option<(&[u8], LayerFormat)>) {
         fs::write(path, b"").unwrap();
-        let storage =
-            BlockingStorage::new(vec![open(path, OpenMode { write: true, direct: false }).unwrap()]);
+        let storage = BlockingStorage::new(vec![
+            open(
+                path,
+                OpenMode {
+                    write: true,
+                    direct: false,
+                },
+            )
+            .unwrap(),
+        ]);
         let options = CreateOptions {
             virtual_size: 1 << 20,
             cluster_bits: 16,
@@ -317,15 +378,23 @@ mod tests {
             version: 3,
             lazy_refcounts: false,
             preallocation: Preallocation::Off,
-            backing: backing
-                .map(|(name, format)| create::Backing { name: name.to_owned(), format }),
+            backing: backing.map(|(name, format)| create::Backing {
+                name: name.to_owned(),
+                format,
+            }),
         };
         block_on(create(&storage, FileId(0), &options, &mut |_, _| ())).unwrap();
     }
 
     fn chain(path: &Path, backing_dirs: &[&Path]) -> Result<Vec<OpenLayer>, Error> {
-        let backing_dirs = backing_dirs.iter().map(|folder| (*folder).to_owned()).collect();
-        let options = ChainOptions { backing_dirs, ..ChainOptions::default() };
+        let backing_dirs = backing_dirs
+            .iter()
+            .map(|folder| (*folder).to_owned())
+            .collect();
+        let options = ChainOptions {
+            backing_dirs,
+            ..ChainOptions::default()
+        };
         open_chain(path, LayerFormat::Qcow2, &options, &mut |_, _| Ok(()))
     }
 
@@ -337,11 +406,17 @@ mod tests {
     #[test]
     fn layers_come_active_first_and_only_that_one_is_writable() {
         let dir = tempfile::tempdir().unwrap();
-        let (top, middle, base) =
-            (dir.path().join("top"), dir.path().join("middle"), dir.path().join("base"));
+        let (top, middle, base) = (
+            dir.path().join("top"),
+            dir.path().join("middle"),
+            dir.path().join("base"),
+        );
         fs::write(&base, [1; 4096]).unwrap();
         make(&middle, Some((b"base", LayerFormat::Raw)));
-        make(&top, Some((middle.as_os_str().as_bytes(), LayerFormat::Qcow2)));
+        make(
+            &top,
+            Some((middle.as_os_str().as_bytes(), LayerFormat::Qcow2)),
+        );
         let mut told = Vec::new();
         let layers = open_chain(
             &top,
@@ -356,7 +431,13 @@ mod tests {
         let paths: Vec<_> = layers.iter().map(|layer| layer.path.clone()).collect();
         assert_eq!(paths, [top.clone(), middle.clone(), base.clone()]);
         assert_eq!(told, [(top, false), (middle, true), (base, true)]);
-        assert_eq!(layers.iter().filter(|layer| layer.file.mode().write).count(), 1);
+        assert_eq!(
+            layers
+                .iter()
+                .filter(|layer| layer.file.mode().write)
+                .count(),
+            1
+        );
         assert!(layers[2].header.is_none() && layers[2].format == LayerFormat::Raw);
     }
 
@@ -365,7 +446,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("top");
         make(&path, Some((b"missing", LayerFormat::Raw)));
-        let options = ChainOptions { read_only: true, ..ChainOptions::default() };
+        let options = ChainOptions {
+            read_only: true,
+            ..ChainOptions::default()
+        };
         let layers = open_chain(&path, LayerFormat::Raw, &options, &mut |_, _| Ok(())).unwrap();
         assert_eq!(layers.len(), 1);
         assert!(!layers[0].file.mode().write);
@@ -388,7 +472,10 @@ mod tests {
         fs::write(&base, b"data").unwrap();
         make(&path, Some((base.as_os_str().as_bytes(), LayerFormat::Raw)));
         let text = refusal(&path);
-        let option = format!("--backing-dir {}", other.path().canonicalize().unwrap().display());
+        let option = format!(
+            "--backing-dir {}",
+            other.path().canonicalize().unwrap().display()
+        );
         assert!(text.contains(&option), "{text}");
         assert_eq!(chain(&path, &[other.path()]).unwrap().len(), 2);
     }
@@ -429,9 +516,18 @@ mod tests {
     fn protocols_are_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("top");
-        for name in ["nbd:localhost:1", "json:{\"driver\":\"file\"}", "file:base", "a:b"] {
+        for name in [
+            "nbd:localhost:1",
+            "json:{\"driver\":\"file\"}",
+            "file:base",
+            "a:b",
+        ] {
             make(&path, Some((name.as_bytes(), LayerFormat::Raw)));
-            assert!(refusal(&path).contains("protocol"), "{name}: {}", refusal(&path));
+            assert!(
+                refusal(&path).contains("protocol"),
+                "{name}: {}",
+                refusal(&path)
+            );
         }
         assert_eq!(protocol(b"./a:b"), None);
         assert_eq!(protocol(b"ab"), None);
@@ -443,10 +539,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, base) = (dir.path().join("top"), dir.path().join("base"));
         fs::write(&base, b"data").unwrap();
-        let backing = Backing { overlay: path, name: b"base".to_vec(), format: None };
+        let backing = Backing {
+            overlay: path,
+            name: b"base".to_vec(),
+            format: None,
+        };
         let error = backing.format().unwrap_err();
         assert!(error.to_string().contains("qemu-img rebase -u"), "{error}");
-        let unknown = Backing { format: Some(b"vmdk".to_vec()), ..backing };
+        let unknown = Backing {
+            format: Some(b"vmdk".to_vec()),
+            ..backing
+        };
         assert!(unknown.format().unwrap_err().to_string().contains("vmdk"));
     }
 
@@ -472,7 +575,10 @@ mod tests {
             let below = (index - 1).to_string();
             make(&file(index), Some((below.as_bytes(), LayerFormat::Qcow2)));
         }
-        assert_eq!(chain(&file(CHAIN_LAYERS_MAX - 1), &[]).unwrap().len(), CHAIN_LAYERS_MAX);
+        assert_eq!(
+            chain(&file(CHAIN_LAYERS_MAX - 1), &[]).unwrap().len(),
+            CHAIN_LAYERS_MAX
+        );
         assert!(refusal(&file(CHAIN_LAYERS_MAX)).contains("at most 200"));
     }
 
@@ -486,6 +592,10 @@ mod tests {
         make(&path, Some((b"/dev/zero", LayerFormat::Raw)));
         assert!(chain(&path, &[Path::new("/dev")]).is_err());
         make(&path, Some((b"missing", LayerFormat::Raw)));
-        assert!(refusal(&path).contains("No such file"), "{}", refusal(&path));
+        assert!(
+            refusal(&path).contains("No such file"),
+            "{}",
+            refusal(&path)
+        );
     }
 }

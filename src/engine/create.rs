@@ -7,14 +7,12 @@
 
 #![forbid(unsafe_code)]
 
+use super::LayerFormat;
 use super::error::{Error, ErrorKind};
 use super::source::Source;
-use super::LayerFormat;
 use crate::format::geometry::{L1_BYTES_MAX, REFTABLE_BYTES_MAX};
 use crate::format::header::COMPAT_LAZY_REFCOUNTS;
-use crate::format::{
-    Extension, Geometry, Header, L1Entry, L2Entry, RefcountTableEntry, refcount,
-};
+use crate::format::{Extension, Geometry, Header, L1Entry, L2Entry, RefcountTableEntry, refcount};
 use crate::storage::{AlignedBuf, FileId, Storage};
 use crate::units::{HostOffset, SECTOR_SIZE, checked_align_up, to_u64, to_usize};
 
@@ -92,8 +90,11 @@ impl Plan {
             ));
         }
         let l1_clusters = geometry.clusters_for(l1_entries * 8);
-        let (l2_clusters, data_clusters) =
-            if preallocated { (l1_entries, geometry.clusters_for(size)) } else { (0, 0) };
+        let (l2_clusters, data_clusters) = if preallocated {
+            (l1_entries, geometry.clusters_for(size))
+        } else {
+            (0, 0)
+        };
         // The refcounts count themselves: grow until what they cover includes them.
         let mut plan = Self {
             reftable_start: 1,
@@ -154,7 +155,10 @@ pub async fn create<S: Storage>(
         if source.len < end {
             return Err(Error::new(
                 ErrorKind::NoSpace,
-                format!("the image needs {end} bytes, the block device has {}", source.len),
+                format!(
+                    "the image needs {end} bytes, the block device has {}",
+                    source.len
+                ),
             ));
         }
         source.write_zeroes(0, cluster_size, false).await?;
@@ -163,11 +167,18 @@ pub async fn create<S: Storage>(
     write_tables(&source, &plan, geometry).await?;
     if plan.data_start < plan.end {
         write_l2_tables(&source, &plan, geometry).await?;
-        preallocate(&source, plan.data_start * cluster_size..end, options.preallocation, progress)
-            .await?;
+        preallocate(
+            &source,
+            plan.data_start * cluster_size..end,
+            options.preallocation,
+            progress,
+        )
+        .await?;
     }
     source.sync().await?;
-    let mut first = header.encode().map_err(|error| Error::format("cannot make a header", error))?;
+    let mut first = header
+        .encode()
+        .map_err(|error| Error::format("cannot make a header", error))?;
     first.resize(to_usize(cluster_size), 0);
     source.write(0, &first).await?;
     source.sync().await
@@ -196,9 +207,9 @@ fn prepare(options: &CreateOptions) -> Result<(Header, Plan), Error> {
     let plan = Plan::new(geometry, size, options.preallocation != Preallocation::Off)?;
     let mut header = Header::new(options.version, geometry, size);
     let place = |cluster: u64| HostOffset::new(cluster * geometry.cluster_size());
-    let narrow = |number: u64| {
-        u32::try_from(number)
-            .map_err(|_| Error::new(ErrorKind::Invalid, "the virtual size is too large"))
+    let narrow = |number: u64| match u32::try_from(number) {
+        Ok(number) => Ok(number),
+        Err(_) => Err(Error::new(ErrorKind::Invalid, "the virtual size is too large")),
     };
     header.refcount_table_offset = place(plan.reftable_start);
     header.refcount_table_clusters = narrow(plan.reftable_clusters)?;
@@ -215,9 +226,13 @@ fn prepare(options: &CreateOptions) -> Result<(Header, Plan), Error> {
             LayerFormat::Qcow2 => b"qcow2",
             LayerFormat::Raw => b"raw",
         };
-        header.extensions.push(Extension::BackingFormat(format.to_vec()));
+        header
+            .extensions
+            .push(Extension::BackingFormat(format.to_vec()));
     }
-    header.encode().map_err(|error| Error::format("cannot make such a header", error))?;
+    header
+        .encode()
+        .map_err(|error| Error::format("cannot make such a header", error))?;
     Ok((header, plan))
 }
 
@@ -241,7 +256,9 @@ async fn write_tables<S: Storage>(
         }
         source.write_buf(offset.get(), block).await?;
     }
-    source.write_buf(plan.reftable_start * cluster_size, table).await?;
+    source
+        .write_buf(plan.reftable_start * cluster_size, table)
+        .await?;
     let l1_clusters = plan.l2_start - plan.l1_start;
     let mut l1 = AlignedBuf::zeroed(to_usize(l1_clusters * cluster_size));
     if plan.data_start > plan.l2_start {
@@ -300,6 +317,7 @@ async fn preallocate<S: Storage>(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::path::Path;
     use std::process::Command;
     use std::sync::Arc;
@@ -322,7 +340,14 @@ mod tests {
 
     fn make(path: &Path, options: &CreateOptions) -> BlockingStorage {
         std::fs::write(path, b"what was there before").unwrap();
-        let file = HostFile::open(path, OpenMode { write: true, direct: false }).unwrap();
+        let file = HostFile::open(
+            path,
+            OpenMode {
+                write: true,
+                direct: false,
+            },
+        )
+        .unwrap();
         let storage = BlockingStorage::new(vec![Arc::new(file)]);
         block_on(create(&storage, FileId(0), options, &mut |_, _| ())).unwrap();
         storage
@@ -330,16 +355,12 @@ mod tests {
 
     /// Our own check, and QEMU's if it is there.
     fn assert_clean(path: &Path, storage: &BlockingStorage, what: &str) {
-        let report =
-            block_on(check(storage, FileId(0), Repair::None, &mut |_| ())).unwrap();
+        let report = block_on(check(storage, FileId(0), Repair::None, &mut |_| ())).unwrap();
         assert!(report.is_clean(), "{what}: {:?}", report.problems);
         match Command::new("qemu-img").arg("check").arg(path).output() {
             Ok(output) => assert!(output.status.success(), "{what}: {output:?}"),
             Err(_) => {
-                #[expect(clippy::print_stderr, reason = "a skipped test must be seen")]
-                {
-                    eprintln!("SKIPPED: qemu-img is not installed");
-                }
+                writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed").unwrap();
             }
         }
     }
@@ -350,7 +371,11 @@ mod tests {
         let path = dir.path().join("image");
         for cluster_bits in [9, 10, 12, 16, 21] {
             for refcount_order in 0..=6 {
-                let options = CreateOptions { cluster_bits, refcount_order, ..options(70 << 20) };
+                let options = CreateOptions {
+                    cluster_bits,
+                    refcount_order,
+                    ..options(70 << 20)
+                };
                 let storage = make(&path, &options);
                 assert_clean(&path, &storage, &format!("{cluster_bits} {refcount_order}"));
             }
@@ -361,7 +386,11 @@ mod tests {
     fn every_preallocation_is_clean_and_reads_as_zeroes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for preallocation in [
+            Preallocation::Metadata,
+            Preallocation::Falloc,
+            Preallocation::Full,
+        ] {
             for (cluster_bits, refcount_order) in [(9, 6), (12, 0), (16, 4)] {
                 let options = CreateOptions {
                     cluster_bits,
@@ -377,7 +406,10 @@ mod tests {
                 assert_eq!(report.allocated_clusters, report.total_clusters, "{what}");
                 let bytes = std::fs::read(&path).unwrap();
                 let data = to_u64(bytes.len()) - report.total_clusters * (1 << cluster_bits);
-                assert!(bytes[to_usize(data)..].iter().all(|byte| *byte == 0), "{what}");
+                assert!(
+                    bytes[to_usize(data)..].iter().all(|byte| *byte == 0),
+                    "{what}"
+                );
             }
         }
     }
@@ -386,7 +418,13 @@ mod tests {
     fn sizes_at_the_edges() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        for (size, expected) in [(0, 0), (1, 512), (512, 512), (513, 1024), (1 << 50, 1 << 50)] {
+        for (size, expected) in [
+            (0, 0),
+            (1, 512),
+            (512, 512),
+            (513, 1024),
+            (1 << 50, 1 << 50),
+        ] {
             let storage = make(&path, &options(size));
             let header = block_on(Source::new(&storage, FileId(0)).unwrap().header()).unwrap();
             assert_eq!(header.size, expected);
@@ -398,8 +436,15 @@ mod tests {
     fn version_2_with_a_backing_file_names_it_and_its_format() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let backing = Backing { name: b"base \xff".to_vec(), format: LayerFormat::Raw };
-        let options = CreateOptions { version: 2, backing: Some(backing), ..options(1 << 20) };
+        let backing = Backing {
+            name: b"base \xff".to_vec(),
+            format: LayerFormat::Raw,
+        };
+        let options = CreateOptions {
+            version: 2,
+            backing: Some(backing),
+            ..options(1 << 20)
+        };
         let storage = make(&path, &options);
         let header = block_on(Source::new(&storage, FileId(0)).unwrap().header()).unwrap();
         assert_eq!(header.backing_name.as_deref(), Some(&b"base \xff"[..]));
@@ -408,18 +453,48 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        let backing = Some(Backing { name: b"base".to_vec(), format: LayerFormat::Raw });
-        let small = CreateOptions { cluster_bits: 9, ..options(1 << 40) };
+        let backing = Some(Backing {
+            name: b"base".to_vec(),
+            format: LayerFormat::Raw,
+        });
+        let small = CreateOptions {
+            cluster_bits: 9,
+            ..options(1 << 40)
+        };
         for (options, word) in [
-            (CreateOptions { refcount_order: 3, version: 2, ..options(512) }, "16 bits"),
-            (CreateOptions { lazy_refcounts: true, version: 2, ..options(512) }, "lazy"),
             (
-                CreateOptions { preallocation: Preallocation::Full, backing, ..options(512) },
+                CreateOptions {
+                    refcount_order: 3,
+                    version: 2,
+                    ..options(512)
+                },
+                "16 bits",
+            ),
+            (
+                CreateOptions {
+                    lazy_refcounts: true,
+                    version: 2,
+                    ..options(512)
+                },
+                "lazy",
+            ),
+            (
+                CreateOptions {
+                    preallocation: Preallocation::Full,
+                    backing,
+                    ..options(512)
+                },
                 "backing file",
             ),
             (small, "larger clusters"),
             (options(u64::MAX), "too large"),
-            (CreateOptions { version: 4, ..options(512) }, "version"),
+            (
+                CreateOptions {
+                    version: 4,
+                    ..options(512)
+                },
+                "version",
+            ),
         ] {
             let error = prepare(&options).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);

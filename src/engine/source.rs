@@ -60,10 +60,13 @@ pub(super) struct BitmapDirectory {
 impl Layout {
     /// Picks the fields out of a header.
     pub(super) fn new(header: &Header) -> Self {
-        let bitmaps = header.extensions.iter().find_map(|extension| match extension {
-            Extension::Bitmaps(raw) => Some(BitmapDirectory::new(raw)),
-            _ => None,
-        });
+        let bitmaps = header
+            .extensions
+            .iter()
+            .find_map(|extension| match extension {
+                Extension::Bitmaps(raw) => Some(BitmapDirectory::new(raw)),
+                _ => None,
+            });
         Self {
             geometry: header.geometry(),
             version: header.version,
@@ -83,9 +86,15 @@ impl BitmapDirectory {
     /// Reads the extension, which `Header::decode` has checked if it is in force.
     fn new(raw: &[u8; 24]) -> Self {
         let field = |range: std::ops::Range<usize>| {
-            raw[range].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+            raw[range]
+                .iter()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte))
         };
-        Self { count: field(0..4), bytes: field(8..16), offset: field(16..24) }
+        Self {
+            count: field(0..4),
+            bytes: field(8..16),
+            offset: field(16..24),
+        }
     }
 }
 
@@ -172,7 +181,10 @@ impl<'a, S: Storage> Source<'a, S> {
             return Ok(());
         }
         if !self.can_grow() {
-            return Err(Error::new(ErrorKind::NoSpace, "no space left on the block device"));
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "no space left on the block device",
+            ));
         }
         self.set_len(len).await
     }
@@ -221,7 +233,10 @@ impl<'a, S: Storage> Source<'a, S> {
         let (result, mut bytes) = self.read(0, AlignedBuf::zeroed(SECTOR)).await;
         result.map_err(|error| Error::io("cannot read the header", error))?;
         let Some(sector) = bytes.first_chunk_mut::<SECTOR>() else {
-            return Err(Error::new(ErrorKind::Corrupt, "the header is shorter than a sector"));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the header is shorter than a sector",
+            ));
         };
         header.patch_sector(sector);
         self.write(0, sector).await?;
@@ -236,8 +251,12 @@ impl<'a, S: Storage> Source<'a, S> {
     ) -> Result<Result<Vec<SnapshotEntry>, FormatError>, Error> {
         let mut len: u64 = 64 << 10;
         loop {
-            let (result, bytes) =
-                self.read(layout.snapshot_table_offset, AlignedBuf::zeroed(to_usize(len))).await;
+            let (result, bytes) = self
+                .read(
+                    layout.snapshot_table_offset,
+                    AlignedBuf::zeroed(to_usize(len)),
+                )
+                .await;
             result.map_err(|error| Error::io("cannot read the snapshot table", error))?;
             match snapshot::decode_table(&bytes, layout.snapshot_count) {
                 Err(FormatError::Truncated { .. }) if len < SNAPSHOT_TABLE_BYTES_MAX => len *= 4,

@@ -11,6 +11,11 @@
 mod kit;
 
 #[cfg(test)]
+mod chaos;
+#[cfg(test)]
+mod crash;
+mod docs;
+#[cfg(test)]
 mod referee;
 #[cfg(test)]
 mod support;

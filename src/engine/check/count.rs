@@ -28,7 +28,10 @@ const SMALL_MAX: u8 = u8::MAX - 1;
 /// Splits a cluster index into chunk and place in the chunk.
 #[inline]
 fn split(cluster: u64) -> (usize, usize) {
-    (to_usize(cluster >> CHUNK_BITS), to_usize(cluster) & (CHUNK_CLUSTERS - 1))
+    (
+        to_usize(cluster >> CHUNK_BITS),
+        to_usize(cluster) & (CHUNK_CLUSTERS - 1),
+    )
 }
 
 /// References to each host cluster.
@@ -65,7 +68,10 @@ impl RefCounts {
     /// Takes back `times` references that were added before.
     pub(super) fn remove(&mut self, cluster: u64, times: u64) {
         let count = self.get(cluster);
-        assert!(count >= times, "cluster {cluster} has {count} references, cannot lose {times}");
+        assert!(
+            count >= times,
+            "cluster {cluster} has {count} references, cannot lose {times}"
+        );
         self.set(cluster, count - times);
     }
 
@@ -115,7 +121,10 @@ impl RefCounts {
 
     /// Replaces a count.
     fn set(&mut self, cluster: u64, count: u64) {
-        assert!(cluster < CLUSTERS_MAX, "cluster {cluster} is past the largest that is counted");
+        assert!(
+            cluster < CLUSTERS_MAX,
+            "cluster {cluster} is past the largest that is counted"
+        );
         let (chunk, place) = split(cluster);
         if chunk >= self.chunks.len() {
             self.chunks.resize_with(chunk + 1, || None);
@@ -145,7 +154,10 @@ impl ClusterSet {
     /// Puts `cluster`, which must be below [`CLUSTERS_MAX`], into the set.
     #[inline]
     pub(super) fn insert(&mut self, cluster: u64) {
-        assert!(cluster < CLUSTERS_MAX, "cluster {cluster} is past the largest that is counted");
+        assert!(
+            cluster < CLUSTERS_MAX,
+            "cluster {cluster} is past the largest that is counted"
+        );
         let (chunk, place) = split(cluster);
         if chunk >= self.chunks.len() {
             self.chunks.resize_with(chunk + 1, || None);

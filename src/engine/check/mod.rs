@@ -90,14 +90,19 @@ pub async fn check<S: Storage>(
 ///
 /// # Errors
 ///
-/// As [`check`]; also an image that is still damaged afterwards, or whose state is not known.
+/// As [`check`]; also an image that is still damaged afterwards, or whose state is not known. Entries
+/// that name clusters past the end of the file do not count: the rest can be served, if nothing is
+/// ever allocated in front of [`Report::dangling_end`]. The dirty bit stays then.
 pub async fn repair_dirty<S: Storage>(storage: &S, file: FileId) -> Result<Report, Error> {
     let report = check(storage, file, Repair::All, &mut |_| ()).await?;
-    if report.is_consistent() {
+    if report.check_errors == 0 && report.corruptions == report.dangling {
         return Ok(report);
     }
     let first = report.problems.iter().find(|problem| {
-        matches!(problem.severity, Severity::Corruption | Severity::CheckError)
+        matches!(
+            problem.severity,
+            Severity::Corruption | Severity::CheckError
+        )
     });
     Err(Error::new(
         ErrorKind::Corrupt,

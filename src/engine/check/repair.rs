@@ -64,14 +64,22 @@ pub(super) async fn repair<S: Storage>(
     let before = (found.report.corruptions, found.report.leaks);
     let was_dirty = header.is_dirty();
     let clean = found.report.is_clean();
-    let mut repairer =
-        Repairer { geometry: header.geometry(), source, header, survey: found };
+    let mut repairer = Repairer {
+        geometry: header.geometry(),
+        source,
+        header,
+        survey: found,
+    };
     let mut report = if clean {
         std::mem::take(&mut repairer.survey.report)
     } else {
-        repairer.set_incompatible(repairer.header.incompatible | INCOMPAT_DIRTY).await?;
+        repairer
+            .set_incompatible(repairer.header.incompatible | INCOMPAT_DIRTY)
+            .await?;
         repairer.steps(mode, progress).await?;
-        survey(repairer.source, &Layout::new(&repairer.header), progress).await?.report
+        survey(repairer.source, &Layout::new(&repairer.header), progress)
+            .await?
+            .report
     };
     report.corruptions_fixed = before.0.saturating_sub(report.corruptions);
     report.leaks_fixed = before.1.saturating_sub(report.leaks);
@@ -92,7 +100,13 @@ impl<S: Storage> Repairer<'_, '_, S> {
         mode: Repair,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), Error> {
-        let mut step = |done| progress(Progress { phase: Phase::Repair, done, total: 4 });
+        let mut step = |done| {
+            progress(Progress {
+                phase: Phase::Repair,
+                done,
+                total: 4,
+            });
+        };
         let all = mode == Repair::All;
         // Lowering leaks makes clusters unshared: flags follow, also where only leaks are repaired,
         // unless there is more wrong that makes the picture unsure.
@@ -169,8 +183,13 @@ impl<S: Storage> Repairer<'_, '_, S> {
         if layout.snapshot_count == 0 {
             return Ok(false);
         }
-        let Ok(mut entries) = self.source.snapshots(&layout).await? else { return Ok(false) };
-        if entries.iter().all(|entry| entry.is_complete(self.header.version)) {
+        let Ok(mut entries) = self.source.snapshots(&layout).await? else {
+            return Ok(false);
+        };
+        if entries
+            .iter()
+            .all(|entry| entry.is_complete(self.header.version))
+        {
             return Ok(false);
         }
         // A table past the end of the file reads as zeroes: completing those would make it official.
@@ -185,7 +204,9 @@ impl<S: Storage> Repairer<'_, '_, S> {
             .map_err(|error| Error::format("cannot write the snapshot table", error))?;
         let region = self.place(self.geometry.clusters_for(to_u64(bytes.len())))?;
         let offset = region.start * self.geometry.cluster_size();
-        self.source.grow(region.end * self.geometry.cluster_size()).await?;
+        self.source
+            .grow(region.end * self.geometry.cluster_size())
+            .await?;
         self.source.write(offset, &bytes).await?;
         self.source.sync().await?;
         self.header.snapshot_table_offset = HostOffset::new(offset);
@@ -197,8 +218,12 @@ impl<S: Storage> Repairer<'_, '_, S> {
     /// references that were found may not be all.
     async fn keep_all_counts(&mut self) -> Result<(), Error> {
         for index in 0..self.survey.reftable.len() {
-            let Some(block) = self.block_at(index) else { continue };
-            let Ok(bytes) = self.load_cluster(block).await else { continue };
+            let Some(block) = self.block_at(index) else {
+                continue;
+            };
+            let Ok(bytes) = self.load_cluster(block).await else {
+                continue;
+            };
             for (place, cluster) in self.clusters_of(index).enumerate() {
                 let found = refcount::get(&bytes, self.geometry.refcount_order(), place);
                 let known = self.survey.refs.get(cluster);
@@ -216,7 +241,9 @@ impl<S: Storage> Repairer<'_, '_, S> {
         let refcount_max = self.geometry.refcount_max();
         let mut changed = false;
         for index in 0..self.survey.reftable.len() {
-            let Some(block) = self.block_at(index) else { continue };
+            let Some(block) = self.block_at(index) else {
+                continue;
+            };
             let clusters = self.clusters_of(index);
             if clusters.is_empty() {
                 break;
@@ -241,20 +268,25 @@ impl<S: Storage> Repairer<'_, '_, S> {
     /// Makes the copied flags of the active tree say which clusters have one reference.
     async fn fix_flags(&mut self) -> Result<(), Error> {
         let bits = self.geometry.cluster_bits();
-        let (offset, entries) = (self.header.l1_table_offset.get(), u64::from(self.header.l1_size));
+        let (offset, entries) = (
+            self.header.l1_table_offset.get(),
+            u64::from(self.header.l1_size),
+        );
         let shared = (offset >> bits..=(offset + entries * 8) >> bits)
             .any(|cluster| self.survey.conflicts.contains(&cluster));
         if !shared && entries > 0 {
-            let (result, old) =
-                self.source.read(offset, AlignedBuf::zeroed(to_usize(entries * 8))).await;
+            let (result, old) = self
+                .source
+                .read(offset, AlignedBuf::zeroed(to_usize(entries * 8)))
+                .await;
             result.map_err(|error| Error::io("cannot read the active L1 table", error))?;
             let mut new = AlignedBuf::from_slice(&old);
             for raw in new.as_chunks_mut::<8>().0 {
                 let entry = L1Entry(u64::from_be_bytes(*raw));
-                if let Some(table) = entry.table_offset() {
-                    let single = self.survey.refs.get(table.get() >> bits) == 1;
-                    *raw = entry.with_copied(single).0.to_be_bytes();
-                }
+                let single = entry
+                    .table_offset()
+                    .is_some_and(|table| self.survey.refs.get(table.get() >> bits) == 1);
+                *raw = entry.with_copied(single).0.to_be_bytes();
             }
             self.source.write_changes(offset, &old, &new).await?;
         }
@@ -333,13 +365,19 @@ impl<S: Storage> Repairer<'_, '_, S> {
             let offset = HostOffset::new(cluster * cluster_size);
             let entry = RefcountTableEntry::new(offset).0.to_be_bytes();
             table.as_chunks_mut::<8>().0[to_usize(*index)] = entry;
-            self.source.write_buf(offset.get(), self.new_block(*index, &region)).await?;
+            self.source
+                .write_buf(offset.get(), self.new_block(*index, &region))
+                .await?;
         }
-        self.source.write_buf(table_start * cluster_size, table).await?;
+        self.source
+            .write_buf(table_start * cluster_size, table)
+            .await?;
         self.source.sync().await?;
         self.header.refcount_table_offset = HostOffset::new(table_start * cluster_size);
-        self.header.refcount_table_clusters = u32::try_from(table_clusters)
-            .map_err(|_| Error::new(ErrorKind::Unsupported, "the refcount table is too long"))?;
+        let Ok(table_clusters) = u32::try_from(table_clusters) else {
+            return Err(Error::new(ErrorKind::Unsupported, "the refcount table is too long"));
+        };
+        self.header.refcount_table_clusters = table_clusters;
         self.source.write_header(&self.header).await
     }
 
@@ -349,7 +387,11 @@ impl<S: Storage> Repairer<'_, '_, S> {
         let mut block = AlignedBuf::zeroed(to_usize(self.geometry.cluster_size()));
         let first = index * per_block;
         for (place, cluster) in (first..first + per_block).enumerate() {
-            let count = if region.contains(&cluster) { 1 } else { self.survey.refs.get(cluster) };
+            let count = if region.contains(&cluster) {
+                1
+            } else {
+                self.survey.refs.get(cluster)
+            };
             let count = count.min(self.geometry.refcount_max());
             if count != 0 {
                 refcount::set(&mut block, self.geometry.refcount_order(), place, count);
@@ -362,7 +404,10 @@ impl<S: Storage> Repairer<'_, '_, S> {
     /// that point there, or else inside.
     fn place(&self, count: u64) -> Result<Range<u64>, Error> {
         let cluster_size = self.geometry.cluster_size();
-        let end = self.survey.cluster_count.max(self.geometry.clusters_for(self.source.len));
+        let end = self
+            .survey
+            .cluster_count
+            .max(self.geometry.clusters_for(self.source.len));
         let dangling = self.geometry.clusters_for(self.survey.report.dangling_end);
         if self.source.can_grow() && dangling <= end + DANGLING_CLUSTERS_MAX {
             let start = end.max(dangling);

@@ -76,6 +76,9 @@ pub struct Report {
     /// Host clusters that hold metadata and something else as well. QEMU does not count these; a
     /// refcount that fits hides them.
     pub overlaps: u64,
+    /// Corruptions among those above that are entries which name clusters past the end of the file.
+    /// They are never repaired: the file may have been cut short by mistake.
+    pub dangling: u64,
     /// End of the furthest range past the end of the file that an entry names, 0 if none does.
     /// Nothing may be allocated in front of it: it would become that entry's data.
     pub dangling_end: u64,
@@ -111,7 +114,10 @@ impl Report {
             Severity::Warning => {}
         }
         if self.problems.len() < PROBLEMS_MAX {
-            self.problems.push(Problem { severity, text: text() });
+            self.problems.push(Problem {
+                severity,
+                text: text(),
+            });
         } else {
             self.problems_omitted += 1;
         }

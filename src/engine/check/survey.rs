@@ -174,7 +174,10 @@ impl<S: Storage> Surveyor<'_, S> {
 
     /// Reads `len` bytes, or reports that they cannot be read.
     async fn read(&mut self, offset: u64, len: u64, what: &str) -> Option<AlignedBuf> {
-        let (result, buf) = self.source.read(offset, AlignedBuf::zeroed(to_usize(len))).await;
+        let (result, buf) = self
+            .source
+            .read(offset, AlignedBuf::zeroed(to_usize(len)))
+            .await;
         self.readable(result, offset, what).then_some(buf)
     }
 
@@ -202,6 +205,7 @@ impl<S: Storage> Surveyor<'_, S> {
         let end = offset.saturating_add(len);
         if end > HOST_OFFSET_END || end.saturating_sub(self.source.len) >= cluster_size {
             self.out.report.dangling_end = self.out.report.dangling_end.max(end);
+            self.out.report.dangling += times;
             self.corruption(times, || {
                 format!("{what} at {offset:#x} with {len:#x} bytes ends past the end of the file")
             });
@@ -241,8 +245,13 @@ impl<S: Storage> Surveyor<'_, S> {
     /// Reads the refcount table and notes which clusters have a refcount of one.
     async fn load_refcounts(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
         let bytes = self.layout.reftable_clusters * self.geometry.cluster_size();
-        let (result, table) =
-            self.source.read(self.layout.reftable_offset, AlignedBuf::zeroed(to_usize(bytes))).await;
+        let (result, table) = self
+            .source
+            .read(
+                self.layout.reftable_offset,
+                AlignedBuf::zeroed(to_usize(bytes)),
+            )
+            .await;
         result.map_err(|error| Error::io("cannot read the refcount table", error))?;
         self.out.reftable = table
             .as_chunks::<8>()
@@ -283,7 +292,11 @@ impl<S: Storage> Surveyor<'_, S> {
                     singles.insert(first + place);
                 }
             });
-            progress(Progress { phase: Phase::Refcounts, done: to_u64(index) + 1, total });
+            progress(Progress {
+                phase: Phase::Refcounts,
+                done: to_u64(index) + 1,
+                total,
+            });
         }
         Ok(())
     }
@@ -328,7 +341,16 @@ impl<S: Storage> Surveyor<'_, S> {
                 format!("L1 entry {index} {:#018x} has reserved bits set", entry.0)
             });
         }
-        let Some(offset) = entry.table_offset().map(HostOffset::get) else { return };
+        let Some(offset) = entry.table_offset().map(HostOffset::get) else {
+            // Harmless when read, but QEMU's check takes it for a table at offset 0.
+            if entry.copied() {
+                self.out.flag_errors += active;
+                self.corruption(total, || {
+                    format!("L1 entry {index} has only the copied flag")
+                });
+            }
+            return;
+        };
         if !self.count(offset, self.geometry.cluster_size(), total, "L2 table") {
             self.out.references_trusted = false;
             return;
@@ -336,7 +358,10 @@ impl<S: Storage> Surveyor<'_, S> {
         if !self.geometry.is_cluster_aligned(offset) {
             self.out.references_trusted = false;
             self.corruption(total, || {
-                format!("L1 entry {index} {:#018x} is not aligned to a cluster", entry.0)
+                format!(
+                    "L1 entry {index} {:#018x} is not aligned to a cluster",
+                    entry.0
+                )
             });
             return;
         }
@@ -366,7 +391,9 @@ impl<S: Storage> Surveyor<'_, S> {
             bytes = to_u64(to_usize(bytes).next_multiple_of(8)) + SNAPSHOT_FIXED_BYTES;
             bytes += to_u64(entry.extra.len() + entry.id.len() + entry.name.len());
             if !entry.is_complete(self.layout.version) {
-                self.corruption(1, || format!("{}: table entry is incomplete", name_of(entry)));
+                self.corruption(1, || {
+                    format!("{}: table entry is incomplete", name_of(entry))
+                });
             }
             let (l1_offset, l1_bytes) = (entry.l1_offset.get(), u64::from(entry.l1_size) * 8);
             let problem = if !self.geometry.is_cluster_aligned(l1_offset) {
@@ -390,7 +417,10 @@ impl<S: Storage> Surveyor<'_, S> {
                 self.out.references_trusted = false;
                 continue;
             }
-            let Some(table) = self.read(l1_offset, l1_bytes, "a snapshot's L1 table").await else {
+            let Some(table) = self
+                .read(l1_offset, l1_bytes, "a snapshot's L1 table")
+                .await
+            else {
                 continue;
             };
             for (index, raw) in table.as_chunks::<8>().0.iter().enumerate() {
@@ -408,7 +438,11 @@ impl<S: Storage> Surveyor<'_, S> {
         let mut tables: Vec<TableUse> = self
             .found_tables
             .drain()
-            .map(|(offset, (total, active))| TableUse { offset, total, active })
+            .map(|(offset, (total, active))| TableUse {
+                offset,
+                total,
+                active,
+            })
             .collect();
         tables.sort_unstable();
         let cluster_size = self.geometry.cluster_size();
@@ -418,11 +452,17 @@ impl<S: Storage> Surveyor<'_, S> {
             done += to_u64(run.len());
             let Some(first) = run.first() else { continue };
             let bytes = to_u64(run.len()) * cluster_size;
-            let Some(buf) = self.read(first.offset, bytes, "L2 tables").await else { continue };
+            let Some(buf) = self.read(first.offset, bytes, "L2 tables").await else {
+                continue;
+            };
             for (uses, table) in run.iter().zip(buf.chunks_exact(to_usize(cluster_size))) {
                 self.l2_table(*uses, table);
             }
-            progress(Progress { phase: Phase::Tables, done, total });
+            progress(Progress {
+                phase: Phase::Tables,
+                done,
+                total,
+            });
         }
         self.out.tables = tables;
     }
@@ -464,7 +504,10 @@ impl<S: Storage> Surveyor<'_, S> {
     #[cold]
     fn odd_l2_entry(&mut self, uses: TableUse, index: usize, entry: u64, expected: &mut u64) {
         let place = |what: &str| {
-            format!("L2 table at {:#x}, entry {index} {entry:#018x}: {what}", uses.offset)
+            format!(
+                "L2 table at {:#x}, entry {index} {entry:#018x}: {what}",
+                uses.offset
+            )
         };
         if entry & COMPRESSED != 0 {
             self.compressed_entry(uses, entry, place);
@@ -495,18 +538,17 @@ impl<S: Storage> Surveyor<'_, S> {
         if !self.count(offset, cluster_size, uses.total, "data cluster") {
             self.out.references_trusted = false;
         }
-        if self.singles.contains(offset >> self.geometry.cluster_bits()) != (entry & COPIED != 0) {
+        if self
+            .singles
+            .contains(offset >> self.geometry.cluster_bits())
+            != (entry & COPIED != 0)
+        {
             self.wrong_l2_flag(uses, index, entry);
         }
     }
 
     /// Counts what a compressed L2 entry names.
-    fn compressed_entry(
-        &mut self,
-        uses: TableUse,
-        entry: u64,
-        place: impl Fn(&str) -> String,
-    ) {
+    fn compressed_entry(&mut self, uses: TableUse, entry: u64, place: impl Fn(&str) -> String) {
         if entry & COPIED != 0 {
             self.out.entry_flaws += 1;
             self.corruption(uses.total, || place("copied flag on a compressed cluster"));
@@ -542,12 +584,16 @@ impl<S: Storage> Surveyor<'_, S> {
 
     /// Counts persistent bitmaps, if the autoclear bit says that they are in force.
     async fn bitmaps(&mut self) {
-        let Some(bitmaps) = self.layout.bitmaps else { return };
+        let Some(bitmaps) = self.layout.bitmaps else {
+            return;
+        };
         if !self.metadata(bitmaps.offset, bitmaps.bytes, 1, Role::Bitmaps) {
             self.out.references_trusted = false;
             return;
         }
-        let Some(directory) = self.read(bitmaps.offset, bitmaps.bytes, "the bitmap directory").await
+        let Some(directory) = self
+            .read(bitmaps.offset, bitmaps.bytes, "the bitmap directory")
+            .await
         else {
             return;
         };
@@ -613,11 +659,17 @@ impl<S: Storage> Surveyor<'_, S> {
             let offset = entry.0 & !0x1ff;
             if entry.0 != offset {
                 self.corruption(1, || {
-                    format!("refcount table entry {index} {:#018x} has reserved bits set", entry.0)
+                    format!(
+                        "refcount table entry {index} {:#018x} has reserved bits set",
+                        entry.0
+                    )
                 });
             } else if !self.geometry.is_cluster_aligned(offset) {
                 self.corruption(1, || {
-                    format!("refcount table entry {index} {:#018x} is not aligned", entry.0)
+                    format!(
+                        "refcount table entry {index} {:#018x} is not aligned",
+                        entry.0
+                    )
                 });
             } else if offset >= self.source.len {
                 self.corruption(1, || {
@@ -636,7 +688,12 @@ impl<S: Storage> Surveyor<'_, S> {
             }
             self.out.rebuild_needed = true;
         }
-        if self.out.refcount_clusters.iter().any(|cluster| self.out.refs.get(*cluster) != 1) {
+        if self
+            .out
+            .refcount_clusters
+            .iter()
+            .any(|cluster| self.out.refs.get(*cluster) != 1)
+        {
             self.out.rebuild_needed = true;
         }
     }
@@ -677,7 +734,11 @@ impl<S: Storage> Surveyor<'_, S> {
                 continue;
             }
             self.compare_block(first..last, &block, &mut highest);
-            progress(Progress { phase: Phase::Compare, done: last, total: end });
+            progress(Progress {
+                phase: Phase::Compare,
+                done: last,
+                total: end,
+            });
         }
         self.compare_missing(compared..end, &mut highest);
         highest = highest.max(self.out.refs.end());
@@ -769,7 +830,11 @@ impl<S: Storage> Surveyor<'_, S> {
             .filter(|(cluster, (_, expected))| self.out.refs.get(**cluster) != *expected)
             .map(|(cluster, _)| *cluster)
             .collect();
-        let tables = self.out.tables.iter().map(|uses| (uses.offset >> bits, uses.total));
+        let tables = self
+            .out
+            .tables
+            .iter()
+            .map(|uses| (uses.offset >> bits, uses.total));
         conflicts.extend(
             tables
                 .filter(|(cluster, total)| self.out.refs.get(*cluster) != *total)
@@ -779,8 +844,13 @@ impl<S: Storage> Surveyor<'_, S> {
         conflicts.dedup();
         self.out.report.overlaps = to_u64(conflicts.len());
         for cluster in &conflicts {
-            let role = self.roles.get(cluster).map_or("L2 table", |(role, _)| role.name());
-            let offset = self.geometry.host_cluster_offset(HostCluster::new(*cluster));
+            let role = self
+                .roles
+                .get(cluster)
+                .map_or("L2 table", |(role, _)| role.name());
+            let offset = self
+                .geometry
+                .host_cluster_offset(HostCluster::new(*cluster));
             self.out.report.add(Severity::Warning, 1, || {
                 format!("{role} at {offset} shares its cluster with something else")
             });
@@ -825,7 +895,9 @@ impl BitmapEntry {
     fn decode(bytes: &[u8]) -> Option<Self> {
         let fixed = bytes.first_chunk::<24>()?;
         let field = |range: std::ops::Range<usize>| {
-            fixed[range].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+            fixed[range]
+                .iter()
+                .fold(0, |value, byte| value << 8 | u64::from(*byte))
         };
         let length = Self::FIXED_BYTES + field(18..20) + field(20..24);
         let entry = Self {
@@ -870,11 +942,12 @@ fn each_refcount(block: &[u8], order: u32, end: u64, mut visit: impl FnMut(u64, 
 /// the compiler can use vector instructions.
 fn equal_counts(refcounts: &[[u8; 2]], counts: Option<&[u8]>) -> bool {
     let different = match counts {
-        Some(counts) => refcounts
+        Some(counts) => refcounts.iter().zip(counts).fold(0, |bits, (raw, count)| {
+            bits | (u16::from_be_bytes(*raw) ^ u16::from(*count))
+        }),
+        None => refcounts
             .iter()
-            .zip(counts)
-            .fold(0, |bits, (raw, count)| bits | (u16::from_be_bytes(*raw) ^ u16::from(*count))),
-        None => refcounts.iter().fold(0, |bits, raw| bits | u16::from_be_bytes(*raw)),
+            .fold(0, |bits, raw| bits | u16::from_be_bytes(*raw)),
     };
     different == 0
 }
