@@ -21,3 +21,5 @@ mod referee;
 mod support;
 #[cfg(test)]
 mod tidy;
+#[cfg(test)]
+mod vhost_user;

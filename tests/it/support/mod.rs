@@ -2,7 +2,9 @@
 
 pub(crate) mod command;
 pub(crate) mod corpus;
+pub(crate) mod driver;
 pub(crate) mod qemu;
+pub(crate) mod qmp;
 pub(crate) mod server;
 
 use std::error::Error;

@@ -3,9 +3,9 @@
 use super::command::{self, Finished};
 use super::{Failure, QBLKD};
 use std::ffi::OsStr;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -30,24 +30,44 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts a server with `--socket-path` and these arguments, and waits until it is ready: it has
-    /// told so (`NOTIFY_SOCKET`), or its socket is there. If it ends instead, the error is what it
-    /// said.
+    /// Starts a server with `--socket-path` and these arguments, and waits until it has told that it
+    /// is ready (`NOTIFY_SOCKET`). If it ends instead, the error is what it said.
     pub(crate) fn start<S: AsRef<OsStr>>(
         arguments: impl IntoIterator<Item = S>,
     ) -> Result<Self, Failure> {
         let dir = TempDir::with_prefix("qblkd-")?;
+        let socket = dir.path().join("vhost.sock");
+        Self::launch(listen_at(&socket, arguments), socket, dir)
+    }
+
+    /// Starts a server that listens at a path of the caller's choice.
+    pub(crate) fn start_at<S: AsRef<OsStr>>(
+        socket: PathBuf,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Self, Failure> {
+        let dir = TempDir::with_prefix("qblkd-")?;
+        Self::launch(listen_at(&socket, arguments), socket, dir)
+    }
+
+    /// Starts a server that gets its socket, listening or connected, as standard input; `socket` is
+    /// the path that a listening one has.
+    pub(crate) fn start_on<S: AsRef<OsStr>>(
+        socket_fd: OwnedFd,
+        socket: PathBuf,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Self, Failure> {
+        let mut command = Command::new(QBLKD);
+        command.args(["--fd", "0"]).args(arguments).stdin(socket_fd);
+        Self::launch(command, socket, TempDir::with_prefix("qblkd-")?)
+    }
+
+    fn launch(mut command: Command, socket: PathBuf, dir: TempDir) -> Result<Self, Failure> {
         let notify_path = dir.path().join("notify");
         let notify = UnixDatagram::bind(&notify_path)?;
         notify.set_read_timeout(Some(TICK))?;
-        let socket = dir.path().join("vhost.sock");
         let started = Instant::now();
-        let mut child = Command::new(QBLKD)
-            .arg("--socket-path")
-            .arg(&socket)
-            .args(arguments)
+        let mut child = command
             .env("NOTIFY_SOCKET", &notify_path)
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
@@ -68,18 +88,12 @@ impl Server {
     fn wait_until_ready(&mut self, notify: &UnixDatagram) -> Result<(), Failure> {
         while self.started.elapsed() < READY_LIMIT {
             let mut message = [0; 4096];
-            let told = match notify.recv(&mut message) {
-                Ok(length) => message[..length]
+            // An error is the time-out of the socket.
+            if let Ok(length) = notify.recv(&mut message)
+                && message[..length]
                     .split(|byte| *byte == b'\n')
-                    .any(|line| line == b"READY=1"),
-                // The time-out of the socket.
-                Err(_) => false,
-            };
-            let bound = self
-                .socket
-                .metadata()
-                .is_ok_and(|file| file.file_type().is_socket());
-            if told || bound {
+                    .any(|line| line == b"READY=1")
+            {
                 return Ok(());
             }
             if let Some(status) = self.child.try_wait()? {
@@ -88,6 +102,11 @@ impl Server {
             }
         }
         Err("was not ready in time".into())
+    }
+
+    /// Whether the process is still there.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// The process id, for what measures or signals it.
@@ -110,7 +129,7 @@ impl Server {
     }
 
     /// Waits for the process to close its output, and then for its end.
-    fn finish(mut self) -> Result<Finished, Failure> {
+    pub(crate) fn finish(mut self) -> Result<Finished, Failure> {
         let stderr = match self.stderr.recv_timeout(STOP_LIMIT) {
             Ok(stderr) => stderr,
             Err(RecvTimeoutError::Timeout) => return Err("did not end in time".into()),
@@ -125,6 +144,12 @@ impl Server {
             elapsed: self.started.elapsed(),
         })
     }
+}
+
+fn listen_at<S: AsRef<OsStr>>(socket: &Path, arguments: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(QBLKD);
+    command.arg("--socket-path").arg(socket).args(arguments);
+    command
 }
 
 impl Drop for Server {
