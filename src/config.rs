@@ -595,7 +595,10 @@ where
     T: Copy + ToString,
     U: TryFrom<T>,
 {
-    U::try_from(given).map_err(|_| refuse(option, &given.to_string(), allowed))
+    match U::try_from(given) {
+        Ok(narrow) => Ok(narrow),
+        Err(_) => Err(refuse(option, &given.to_string(), allowed)),
+    }
 }
 
 fn size(

@@ -109,10 +109,10 @@ ALLOCATE = [access("write", offset=3 << 20)]
 damaged("refcount-block-unaligned", ALLOCATE, may_refuse=True)(refcount_block_at(131072 + 512))
 damaged("refcount-block-beyond", ALLOCATE, small=True, may_refuse=True)(refcount_block_at(FAR))
 
-# --- Compressed clusters: damage of the data, not of the metadata ---
+# --- Compressed clusters: damage of the data ---
 
 
-def compressed(name, change, small=False):
+def compressed(name, change, small=False, sets_corrupt=False):
     @recipe(name, small)
     def make(r):
         file = r.create(r.file(), "1M")
@@ -120,7 +120,7 @@ def compressed(name, change, small=False):
         with r.patch(file) as image:
             change(image)
         # A partial write needs the old bytes, which cannot be had.
-        r.bad_at_runtime(file, READ_AND_WRITE, sets_corrupt=False)
+        r.bad_at_runtime(file, READ_AND_WRITE, sets_corrupt)
 
 
 def spoil_stream(image):
@@ -144,8 +144,9 @@ def stream_in_header(image):
 
 compressed("compressed-garbage", spoil_stream, small=True)
 compressed("compressed-cut", cut_stream)
-compressed("compressed-beyond", stream_beyond)
-compressed("compressed-in-header", stream_in_header)
+# These two descriptors point to where no cluster can be: that is metadata again.
+compressed("compressed-beyond", stream_beyond, sets_corrupt=True)
+compressed("compressed-in-header", stream_in_header, sets_corrupt=True)
 
 
 # --- For `check`: refcounts and copied flags that are wrong ---

@@ -308,9 +308,9 @@ fn parse_size(text: &str) -> Result<u64, String> {
         Some('t' | 'T') => (&text[..text.len() - 1], 40),
         _ => (text, 0),
     };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is not a size"))?;
+    let Ok(number) = digits.parse::<u64>() else {
+        return Err(format!("{text:?} is not a size"));
+    };
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| format!("{text:?} is too large"))

@@ -205,7 +205,7 @@ mod tests {
         let buckets = std::array::from_fn(|bucket| bucket as u64 + 1);
         let histogram = histogram(&buckets);
         assert_eq!(histogram.bins.len(), histogram.boundaries.len() + 1);
-        assert_eq!(histogram.bins.iter().sum::<u64>(), buckets.iter().sum());
+        assert_eq!(histogram.bins.iter().sum::<u64>(), buckets.iter().sum::<u64>());
         // [2^10, 2^11) lies between the first two boundaries.
         assert_eq!(histogram.bins[1], buckets[10]);
     }

@@ -14,10 +14,7 @@
 //! more than one message for the other. A malformed message ends its own connection and nothing else.
 //! When a connection has ended, nothing of it is in flight.
 
-#![expect(
-    unsafe_code,
-    reason = "descriptor passing and ownership; see the module's text"
-)]
+#![expect(unsafe_code, reason = "descriptor passing; see the module's text")]
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};

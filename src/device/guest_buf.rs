@@ -15,10 +15,7 @@
 //! the last completion for it has been reaped (`worker.rs`), so the mapping outlives the kernel's use.
 //! Bytes there may change at any time under us; each is read once and copied.
 
-#![expect(
-    unsafe_code,
-    reason = "guest memory is shared with the guest: raw pointers only; see the module's text"
-)]
+#![expect(unsafe_code, reason = "guest memory; see the module's text")]
 
 use std::cell::Cell;
 use std::ops::Range;

@@ -124,9 +124,6 @@ impl DeviceConfig {
     }
 }
 
-/// Features in the words of the back-end conventions, for `--print-capabilities`.
-pub const CAPABILITIES: [&str; 2] = ["blk-file", "read-only"];
-
 /// A device with its worker threads, and at most one serving thread.
 pub struct Server {
     config: DeviceConfig,

@@ -15,10 +15,7 @@
 //! is in flight. No hook fails: what is wrong with a ring keeps that ring from running, with a log
 //! line, and hurts no other.
 
-#![expect(
-    unsafe_code,
-    reason = "ring memory is shared with the guest; see the module's text"
-)]
+#![expect(unsafe_code, reason = "ring memory; see the module's text")]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -166,7 +166,7 @@ impl Backing {
             None => Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "the image does not say its format, which is never guessed: set it with \
+                    "the image does not say the backing format, which is never guessed: set it with \
                      'qemu-img rebase -u -b NAME -F FORMAT {}'",
                     self.overlay.display()
                 ),

@@ -207,9 +207,9 @@ fn prepare(options: &CreateOptions) -> Result<(Header, Plan), Error> {
     let plan = Plan::new(geometry, size, options.preallocation != Preallocation::Off)?;
     let mut header = Header::new(options.version, geometry, size);
     let place = |cluster: u64| HostOffset::new(cluster * geometry.cluster_size());
-    let narrow = |number: u64| {
-        u32::try_from(number)
-            .map_err(|_| Error::new(ErrorKind::Invalid, "the virtual size is too large"))
+    let narrow = |number: u64| match u32::try_from(number) {
+        Ok(number) => Ok(number),
+        Err(_) => Err(Error::new(ErrorKind::Invalid, "the virtual size is too large")),
     };
     header.refcount_table_offset = place(plan.reftable_start);
     header.refcount_table_clusters = narrow(plan.reftable_clusters)?;

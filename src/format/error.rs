@@ -269,6 +269,15 @@ pub enum FormatError {
         room: u64,
     },
 
+    /// No name of a format is that long.
+    #[error("header extension with the backing format has {length} bytes, more than {limit}")]
+    BackingFormatTooLong {
+        /// Bytes of the name.
+        length: u64,
+        /// The most that QEMU accepts.
+        limit: u64,
+    },
+
     /// A header extension of fixed size has another one.
     #[error("{name} header extension has {found} bytes, expected {expected}")]
     ExtensionLength {

@@ -28,6 +28,8 @@ const HEAD_BYTES: u64 = 8;
 const ALIGNMENT: u64 = 8;
 /// One entry of the feature name table: kind, bit, 46 bytes of name.
 const FEATURE_NAME_BYTES: usize = 48;
+/// Longest name of a backing format: what QEMU has room for.
+const BACKING_FORMAT_BYTES_MAX: usize = 15;
 /// Length of the bitmaps extension.
 const BITMAPS_BYTES: u64 = 24;
 /// Length of the encryption header extension: offset and length.
@@ -85,9 +87,16 @@ impl Extension {
     ///
     /// # Errors
     ///
-    /// [`FormatError::FeatureNamesLength`] or [`FormatError::ExtensionLength`].
+    /// [`FormatError::FeatureNamesLength`], [`FormatError::ExtensionLength`] or
+    /// [`FormatError::BackingFormatTooLong`].
     pub fn decode(magic: u32, data: &[u8]) -> Result<Self, FormatError> {
         Ok(match magic {
+            MAGIC_BACKING_FORMAT if data.len() > BACKING_FORMAT_BYTES_MAX => {
+                return Err(FormatError::BackingFormatTooLong {
+                    length: to_u64(data.len()),
+                    limit: to_u64(BACKING_FORMAT_BYTES_MAX),
+                });
+            }
             MAGIC_BACKING_FORMAT => Self::BackingFormat(data.to_vec()),
             MAGIC_FEATURE_NAMES => {
                 let (entries, rest) = data.as_chunks::<FEATURE_NAME_BYTES>();
@@ -374,6 +383,15 @@ mod tests {
                 "{length}: {result:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_backing_format_of_15_bytes_is_the_longest() {
+        assert!(Extension::decode(MAGIC_BACKING_FORMAT, &[b'x'; 15]).is_ok());
+        assert_eq!(
+            Extension::decode(MAGIC_BACKING_FORMAT, &[b'x'; 16]),
+            Err(FormatError::BackingFormatTooLong { length: 16, limit: 15 })
+        );
     }
 
     #[test]

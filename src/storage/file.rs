@@ -97,7 +97,12 @@ pub struct HostFile {
     /// Bit set of [`Feature`]s that the host refused with "not supported".
     missing: AtomicU8,
     ranges: Arc<RangeLock>,
+    /// On a file system that lives in memory: making it durable does nothing, so it never waits.
+    in_memory: bool,
 }
+
+/// Types of file systems that live in memory (Linux: magic numbers of tmpfs and ramfs).
+const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 impl HostFile {
     /// Opens `path`.
@@ -161,6 +166,8 @@ impl HostFile {
             HostFileKind::Regular => 1,
             HostFileKind::BlockDevice => logical_block_size(&file)?,
         };
+        let in_memory = rustix::fs::fstatfs(&file)
+            .is_ok_and(|found| MEMORY_FILE_SYSTEMS.contains(&found.f_type));
         let mut host_file = HostFile {
             file,
             buffered,
@@ -173,9 +180,15 @@ impl HostFile {
             tail: 0..0,
             missing: AtomicU8::new(0),
             ranges: Arc::default(),
+            in_memory,
         };
         host_file.find_tail(metadata.len());
         Ok(host_file)
+    }
+
+    /// Whether the file lives in memory, so that a sync has nothing to wait for.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// The name it was opened by.
@@ -493,7 +506,11 @@ pub(crate) fn transfer(
         // SAFETY: as above.
         Direction::Write => unsafe { libc::pwritev(fd, iovs.as_ptr(), count, offset) },
     };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    match usize::try_from(result) {
+        Ok(moved) => Ok(moved),
+        // -1: the cause is in errno.
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }
 
 /// One blocking `fallocate`.
@@ -508,7 +525,10 @@ pub(crate) fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> io::Resu
 }
 
 fn file_offset(offset: u64) -> io::Result<libc::off_t> {
-    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+    match libc::off_t::try_from(offset) {
+        Ok(offset) => Ok(offset),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EFBIG)),
+    }
 }
 
 /// Runs a future on this thread, which sleeps while the future waits. For tools and start-up.

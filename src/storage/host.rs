@@ -485,6 +485,23 @@ impl<R: RawIo> Storage for HostStorage<R> {
         }
     }
 
+    async fn reserve(&self, id: FileId, offset: u64, len: u64) {
+        let Ok(file) = self.raw.file(id) else { return };
+        // In memory a reservation would be pages of zeroes, made at once.
+        if file.kind() != HostFileKind::Regular || file.is_in_memory() {
+            return;
+        }
+        let target = Target {
+            id,
+            file: &file,
+            buffered: false,
+        };
+        let mode = libc::FALLOC_FL_KEEP_SIZE;
+        if let Err(error) = self.raw.fallocate(target, mode, offset, len, None).await {
+            log::debug!("cannot reserve {len:#x} bytes at {offset:#x}: {error}");
+        }
+    }
+
     async fn set_len(&self, id: FileId, len: u64) -> io::Result<()> {
         let file = self.raw.file(id)?;
         let target = Target {

@@ -81,6 +81,13 @@ pub trait Storage: 'static {
     /// Makes every operation that completed before this call durable (`fdatasync`).
     fn sync_data(&self, file: FileId) -> impl Future<Output = io::Result<()>>;
 
+    /// Has the host allocate a range of a regular file within its length, so that later writes need
+    /// no allocation. A hint: where it cannot be had (also for lack of space) nothing is done.
+    fn reserve(&self, file: FileId, offset: u64, len: u64) -> impl Future<Output = ()> {
+        let _ = (file, offset, len);
+        std::future::ready(())
+    }
+
     /// Sets the length of a regular file; new bytes read as zeroes. Durable after `sync_data`.
     fn set_len(&self, file: FileId, len: u64) -> impl Future<Output = io::Result<()>>;
 

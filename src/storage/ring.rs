@@ -40,7 +40,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use io_uring::squeue::Entry;
+use io_uring::squeue::{self, Entry};
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 use smallvec::SmallVec;
@@ -186,6 +186,9 @@ struct Later {
     /// Dropped last: an owner's drop may run anything.
     lent: SmallVec<[Lent; 4]>,
 }
+
+/// From here on a copy to or from the page cache takes longer than handing it to another thread.
+const LONG_COPY_BYTES: usize = 256 << 10;
 
 impl Later {
     fn run(self) {
@@ -485,7 +488,10 @@ impl Core {
         }
         // SAFETY: what the entry points to lives until its CQE is reaped: it belongs to the slot (see
         // the module's text), which is not given back earlier.
-        unsafe { self.uring.submission().push(&entry) }.map_err(|_| Full)
+        match unsafe { self.uring.submission().push(&entry) } {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Full),
+        }
     }
 
     #[inline]
@@ -507,10 +513,25 @@ impl Core {
         slot.iovs.clear();
         slot.iovs.extend_from_slice(iovs);
         slot.state = SlotState::Fast { token };
-        let entry = self.transfer_entry(direction, file, false, offset, index);
+        let mut entry = self.transfer_entry(direction, file, false, offset, index);
+        // Not for writes: those of one file exclude each other in the kernel anyway.
+        let crowd = direction == Direction::Read && self.in_flight[Sort::Fast as usize] > 1;
+        if crowd && self.is_long_copy(file, index) {
+            entry = entry.flags(squeue::Flags::ASYNC);
+        }
         self.push(entry, index as u64).inspect_err(|Full| {
             self.give_slot(index, Sort::Fast);
         })
+    }
+
+    /// Whether a transfer is a copy by the processor that takes long enough to be worth a thread of
+    /// the kernel's: submitting it would do the copy at once, one after the other.
+    #[inline]
+    fn is_long_copy(&self, id: FileId, index: usize) -> bool {
+        let buffered =
+            self.files.get(usize::from(id.0)).is_some_and(|entry| !entry.file.mode().direct);
+        let segments = &self.slots[index].iovs;
+        buffered && segments.iter().map(|iov| iov.iov_len).sum::<usize>() >= LONG_COPY_BYTES
     }
 
     /// The SQE of a transfer of the segments in the slot.
@@ -1048,6 +1069,10 @@ impl RawIo for RingIo {
     }
 
     async fn fdatasync(&self, target: Target<'_>) -> io::Result<()> {
+        if target.file.is_in_memory() {
+            // The kernel never waits there; its worker threads would.
+            return target.file.as_file().sync_data();
+        }
         let entry = opcode::Fsync::new(Fd(target.fd()))
             .flags(FsyncFlags::DATASYNC)
             .build();

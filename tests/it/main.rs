@@ -11,6 +11,10 @@
 mod kit;
 
 #[cfg(test)]
+mod chaos;
+#[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod docs;
 #[cfg(test)]
 mod referee;

@@ -4,11 +4,11 @@
 //! by QEMU. The images come from the corpus; every test works on private copies. A clean check is no
 //! proof, so every test that writes compares the content of the disk and of every snapshot.
 
-use crate::kit::chaos::{self, Initial};
 use crate::kit::disk::{ConnectOptions, Disk, Kind as Request, STATUS_OK, Waiter, wait_for_one};
 use crate::kit::{self, SECTOR_BYTES};
 use crate::support::command::{LIMIT, run, run_command};
 use crate::support::corpus::{self, Access, Copy, Image, Kind, TOOLS};
+use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS, json_of};
 use crate::support::server::Server;
 use crate::support::{Failure, QBLKD, ensure, for_each_case, have_tools};
 use serde_json::Value;
@@ -20,19 +20,11 @@ use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Exit codes of `qemu-img check`, and so of `qblkd check`.
-const CHECK_CLEAN: i32 = 0;
-const CHECK_LEAKS: i32 = 3;
-
 /// How long a refusal may take, and how long one is waited for.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 const REFUSAL_WAIT: Duration = Duration::from_secs(10);
 /// A request that runs into damage gets this status (VIRTIO_BLK_S_IOERR).
 const STATUS_IOERR: u8 = 1;
-/// Enough for one run of chaos on a loaded machine.
-const CHAOS_LIMIT: Duration = Duration::from_secs(60);
-/// Requests of one run of chaos: several for each cluster that matters, and still quick.
-const CHAOS_REQUESTS: u64 = 1500;
 /// Offset of the incompatible features in a version 3 header, and the corrupt bit in its last byte.
 const INCOMPATIBLE_LAST_BYTE: u64 = 79;
 const CORRUPT_BIT: u8 = 2;
@@ -157,43 +149,6 @@ fn compare_with_raw(server: &Server, raw: &Path) -> Result<(), Failure> {
 }
 
 #[test]
-fn good_images_survive_verified_random_work() {
-    if have_tools("good_images_survive_verified_random_work", TOOLS) {
-        let mut images = corpus::images(Kind::Good);
-        // A disk without sectors has no room for work.
-        images.retain(|image| !image.read_only && image.size != Some(0));
-        for_each_case(&images, name, work_on);
-    }
-}
-
-/// Random work of two queues, verified by the client; then QEMU finds the image clean, the disk
-/// equal to the client's model, and every snapshot as it was.
-fn work_on(image: &Image) -> Result<(), Failure> {
-    let copy = Copy::of(image)?;
-    let model = copy.dir.path().join("model.raw");
-    let server = Server::start(&copy.arguments)?;
-    let worked = chaos::run(&chaos::Options {
-        requests_max: CHAOS_REQUESTS,
-        initial: Initial::Raw(image.raw()?),
-        model_out: Some(model.clone()),
-        ..chaos::Options::new(&server.socket, 2, CHAOS_LIMIT)
-    });
-    let ended = server.terminate()?;
-    let report = worked.map_err(|error| format!("{error}; server: {ended:?}"))?;
-    ensure(report.writes > 0, || {
-        format!("nothing was written: {report:?}")
-    })?;
-    ensure(ended.code()? == 0, || format!("SIGTERM: {ended:?}"))?;
-    if image.format == "qcow2" {
-        let check = qemu_check(&copy.image)?;
-        let fine = check == CHECK_CLEAN || image.leaks_ok && check == CHECK_LEAKS;
-        ensure(fine, || format!("qemu-img check: exit {check}"))?;
-    }
-    qemu_compare(&image.format, &copy.image, &model)?;
-    compare_snapshots(image, &copy.image)
-}
-
-#[test]
 fn a_disk_of_zero_bytes_is_served() {
     if have_tools("a_disk_of_zero_bytes_is_served", TOOLS) {
         let mut images = corpus::images(Kind::Good);
@@ -203,48 +158,11 @@ fn a_disk_of_zero_bytes_is_served() {
             let server = Server::start(&copy.arguments)?;
             compare_with_raw(&server, &image.raw()?)?;
             ensure(server.terminate()?.code()? == 0, || "SIGTERM".into())?;
-            ensure(qemu_check(&copy.image)? == CHECK_CLEAN, || {
+            ensure(qemu::check(&copy.image)? == CHECK_CLEAN, || {
                 "qemu-img check".into()
             })
         });
     }
-}
-
-fn qemu_check(file: &Path) -> Result<i32, Failure> {
-    let mut command = Command::new("qemu-img");
-    run_command(
-        command.args(["check", "-q", "-f", "qcow2"]).arg(file),
-        LIMIT,
-    )?
-    .code()
-}
-
-/// `qemu-img compare` finds `file` equal to a raw file.
-fn qemu_compare(format: &str, file: &Path, raw: &Path) -> Result<(), Failure> {
-    let mut command = Command::new("qemu-img");
-    command
-        .args(["compare", "-U", "-f", format, "-F", "raw"])
-        .arg(file)
-        .arg(raw);
-    run_command(&mut command, LIMIT)?.success()?;
-    Ok(())
-}
-
-/// Every internal snapshot still has the content that it had in the corpus.
-fn compare_snapshots(image: &Image, file: &Path) -> Result<(), Failure> {
-    let found = file.with_extension("snapshot.raw");
-    for snapshot in &image.snapshots {
-        let mut convert = Command::new("qemu-img");
-        convert.args(["convert", "-f", "qcow2", "-O", "raw"]);
-        convert
-            .args(["-l", &format!("snapshot.id={}", snapshot.id)])
-            .arg(file)
-            .arg(&found);
-        run_command(&mut convert, LIMIT)?.success()?;
-        let same = qemu_compare("raw", &found, &corpus::folder().join(&snapshot.raw));
-        same.map_err(|failure| format!("snapshot {}: {failure}", snapshot.id))?;
-    }
-    Ok(())
 }
 
 // --- Damage that is met at run time ---
@@ -365,12 +283,6 @@ fn info_agrees_with_qemu() {
     }
 }
 
-fn json_of(command: &mut Command) -> Result<Value, Failure> {
-    Ok(serde_json::from_str(
-        &run_command(command, LIMIT)?.success()?.stdout,
-    )?)
-}
-
 /// The facts that both tools know have the same names and values.
 fn compare_info(image: &Image) -> Result<(), Failure> {
     const FACTS: &[&str] = &[
@@ -432,7 +344,7 @@ fn check_agrees_with_qemu_and_writes_nothing() {
             let before = copy.content()?;
             let ours = qblkd_check(&copy.image, &[])?;
             ensure(copy.content()? == before, || "changed a file".into())?;
-            let theirs = qemu_check(&copy.image)?;
+            let theirs = qemu::check(&copy.image)?;
             ensure(ours == theirs, || format!("exit {ours}, qemu-img {theirs}"))
         });
     }
@@ -462,12 +374,12 @@ fn repair_leaves_an_image_that_qemu_finds_clean() {
             ensure(code == CHECK_CLEAN, || {
                 format!("check --repair all: exit {code}")
             })?;
-            let theirs = qemu_check(&copy.image)?;
+            let theirs = qemu::check(&copy.image)?;
             ensure(theirs == CHECK_CLEAN, || {
                 format!("qemu-img check: exit {theirs}")
             })?;
-            qemu_compare("qcow2", &copy.image, &image.raw()?)?;
-            compare_snapshots(image, &copy.image)
+            qemu::compare("qcow2", &copy.image, &image.raw()?)?;
+            qemu::compare_snapshots(image, &copy.image)
         });
     }
 }
@@ -483,10 +395,10 @@ fn repair_of_leaks_mends_leaks() {
             ensure(code == CHECK_CLEAN, || {
                 format!("check --repair leaks: exit {code}")
             })?;
-            ensure(qemu_check(&copy.image)? == CHECK_CLEAN, || {
+            ensure(qemu::check(&copy.image)? == CHECK_CLEAN, || {
                 "qemu-img check".into()
             })?;
-            qemu_compare("qcow2", &copy.image, &image.raw()?)
+            qemu::compare("qcow2", &copy.image, &image.raw()?)
         });
     }
 }
@@ -556,7 +468,7 @@ fn create(creation: &Creation) -> Result<(), Failure> {
         command.arg("--lazy-refcounts");
     }
     run_command(command.arg(&file).arg(creation.size.to_string()), LIMIT)?.success()?;
-    let check = qemu_check(&file)?;
+    let check = qemu::check(&file)?;
     ensure(check == CHECK_CLEAN, || {
         format!("qemu-img check: exit {check}")
     })?;
@@ -583,13 +495,13 @@ fn create(creation: &Creation) -> Result<(), Failure> {
 
     let empty = dir.path().join("empty.raw");
     File::create(&empty)?.set_len(creation.size)?;
-    qemu_compare("qcow2", &file, &empty)?;
+    qemu::compare("qcow2", &file, &empty)?;
     if creation.size > 0 {
         let write = format!("write -P 7 {} 512", creation.size - 512);
         let read = format!("read -P 7 {} 512", creation.size - 512);
         let words = ["-f", "qcow2", "-c", &write, "-c", &read].map(OsStr::new);
         run("qemu-io", words.into_iter().chain([file.as_os_str()]))?.success()?;
-        let check = qemu_check(&file)?;
+        let check = qemu::check(&file)?;
         ensure(check == CHECK_CLEAN, || {
             format!("after a write: exit {check}")
         })?;
@@ -612,10 +524,10 @@ fn created_overlays_show_their_backing_file() {
             command.arg("create").arg("--backing-file").arg(&base.file);
             command.args(["--backing-format", &base.format]).arg(&file);
             run_command(&mut command, LIMIT)?.success()?;
-            ensure(qemu_check(&file)? == CHECK_CLEAN, || {
+            ensure(qemu::check(&file)? == CHECK_CLEAN, || {
                 "qemu-img check".into()
             })?;
-            qemu_compare("qcow2", &file, &base.raw()?)
+            qemu::compare("qcow2", &file, &base.raw()?)
         });
     }
 }

@@ -19,17 +19,22 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("args", &["units"]),
     ("config", &["units", "args"]),
     (
+        "tools",
+        &["units", "format", "storage", "engine", "args", "config"],
+    ),
+    (
         "daemon",
         &[
             "units", "format", "storage", "engine", "device", "control", "args", "config",
         ],
     ),
     ("lib", &[]),
-    ("main", &["args", "config", "daemon"]),
+    ("main", &["args", "config", "daemon", "tools"]),
 ];
 
 /// The only files that may contain unsafe code.
 const UNSAFE_FILES: &[&str] = &[
+    "examples/blkclient/kit/disk.rs",
     "src/device/bitmap.rs",
     "src/device/front_door.rs",
     "src/device/guest_buf.rs",
@@ -132,17 +137,15 @@ fn layer_of(file: &str) -> Option<&str> {
     Some(first.strip_suffix(".rs").unwrap_or(first))
 }
 
-/// The top-level modules that a text names: `crate::x`, `qblkd::x`, and the members of
+/// The top-level modules that a text names behind `root` ("crate::"): `crate::x`, and the members of
 /// `use crate::{x, y::z}`.
-fn modules_named(text: &str) -> BTreeSet<String> {
+fn modules_named(text: &str, root: &str) -> BTreeSet<String> {
     let text: String = text.lines().flat_map(|line| [code(line), "\n"]).collect();
     let mut named = BTreeSet::new();
-    for prefix in ["crate::", "qblkd::"] {
-        for (at, _) in text.match_indices(prefix) {
-            let inside_word = text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
-            if !inside_word {
-                collect_heads(&text[at + prefix.len()..], &mut named);
-            }
+    for (at, _) in text.match_indices(root) {
+        let inside_word = text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        if !inside_word {
+            collect_heads(&text[at + root.len()..], &mut named);
         }
     }
     named
@@ -178,7 +181,7 @@ fn collect_heads(path: &str, named: &mut BTreeSet<String>) {
 fn the_parser_of_module_paths_sees_groups_and_skips_comments() {
     let text =
         "use crate::{a::{x, y}, b, c::d};\nuse crate::e::f; // crate::g\nlet x = crate::h();";
-    let named: Vec<_> = modules_named(text).into_iter().collect();
+    let named: Vec<_> = modules_named(text, "crate::").into_iter().collect();
     assert_eq!(named, ["a", "b", "c", "e", "h"]);
 }
 
@@ -194,7 +197,13 @@ fn layers_reach_only_downwards() {
             continue;
         };
         let is_module = |name: &String| LAYERS.iter().any(|(known, _)| known == name);
-        for named in modules_named(&text).into_iter().filter(is_module) {
+        // The binary is a crate of its own.
+        let root = if layer == "main" {
+            "qblkd::"
+        } else {
+            "crate::"
+        };
+        for named in modules_named(&text, root).into_iter().filter(is_module) {
             if named != layer && !allowed.contains(&named.as_str()) {
                 found.push(format!("{file}: `{layer}` may not use `{named}`"));
             }
@@ -216,7 +225,9 @@ fn unsafe_code_is_only_where_it_is_listed() {
 fn files_with_unsafe_code_say_why() {
     let mut found = Vec::new();
     for (file, text) in sources() {
-        if UNSAFE_FILES.contains(&file.as_str()) && !text.contains("expect(unsafe_code, reason") {
+        // However it is broken into lines.
+        let words: String = text.split_whitespace().collect();
+        if UNSAFE_FILES.contains(&file.as_str()) && !words.contains("expect(unsafe_code,reason") {
             found.push(file);
         }
     }
@@ -266,7 +277,8 @@ fn nothing_is_left_to_do() {
     let mut found = Vec::new();
     for (file, text) in sources().into_iter().chain(scripts_and_pages()) {
         for (number, line) in text.lines().enumerate() {
-            if words.iter().any(|word| line.contains(word)) {
+            let mut line_words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            if line_words.any(|word| words.contains(&word)) {
                 found.push(violation(&file, number, line));
             }
         }
@@ -321,10 +333,10 @@ fn the_format_is_pure() {
 #[test]
 fn the_engine_knows_no_virtio_and_no_json() {
     let words = ["virtio", "vhost", "serde_json", "UnixStream", "io_uring"];
-    assert_none(
-        &lines_with(&layer("engine"), &words),
-        "the engine knows too much",
-    );
+    let mut sources = layer("engine");
+    // Its tests read what `qemu-img` prints.
+    sources.retain(|(file, _)| !file.ends_with("/tests.rs") && !file.contains("/tests/"));
+    assert_none(&lines_with(&sources, &words), "the engine knows too much");
 }
 
 // --- Pages ---

@@ -255,9 +255,10 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
         let end = if running { Some(Instant::now()) } else { None };
         let mut measured = Measured::new(schedule.measure_from)?;
         for handle in handles {
-            let part = handle
-                .join()
-                .map_err(|_| Error::Protocol("a client thread panicked".to_owned()))??;
+            let Ok(part) = handle.join() else {
+                return Err(Error::Protocol("a client thread panicked".to_owned()));
+            };
+            let part = part?;
             measured.merge(&part);
         }
         let cpu = match (cpu_before?, cpu_after?) {

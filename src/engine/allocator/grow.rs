@@ -62,6 +62,8 @@ impl Allocator {
         let end = (start + chunk).min(covered).min(device_clusters);
         let plan = self.plan(start..end);
         self.extend_file(storage, end).await?;
+        let len = (end - start) << self.geometry.cluster_bits();
+        storage.reserve(self.file, self.offset(start).get(), len).await;
         self.write_blocks(storage, &plan.new_blocks, &[]).await?;
         // Blocks that exist already may count clusters of the chunk (leaks past the old end).
         let mut counted: Vec<u64> = plan.new_blocks.iter().map(|new| new.cluster).collect();

@@ -101,11 +101,11 @@ impl<S: Storage> Repairer<'_, '_, S> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), Error> {
         let mut step = |done| {
-            progress(Progress {;
+            progress(Progress {
                 phase: Phase::Repair,
                 done,
                 total: 4,
-            })
+            });
         };
         let all = mode == Repair::All;
         // Lowering leaks makes clusters unshared: flags follow, also where only leaks are repaired,
@@ -374,8 +374,10 @@ impl<S: Storage> Repairer<'_, '_, S> {
             .await?;
         self.source.sync().await?;
         self.header.refcount_table_offset = HostOffset::new(table_start * cluster_size);
-        self.header.refcount_table_clusters = u32::try_from(table_clusters)
-            .map_err(|_| Error::new(ErrorKind::Unsupported, "the refcount table is too long"))?;
+        let Ok(table_clusters) = u32::try_from(table_clusters) else {
+            return Err(Error::new(ErrorKind::Unsupported, "the refcount table is too long"));
+        };
+        self.header.refcount_table_clusters = table_clusters;
         self.source.write_header(&self.header).await
     }
 

@@ -1,3 +1,20 @@
 //! Tests of the engine as a whole, over real files and over the simulated disk.
+//!
+//! - `referee`: random work on real files, judged by `qemu-img`.
+//! - `model`: random work of several workers against a model of every sector.
+//! - `crash`: the power goes at every step. `faults`: every operation fails once.
+//! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
+//!   once, and the others must notice.
+//! - `threads`: real threads on a real file.
+//!
+//! A failing test prints its seed; `SEED=n cargo test ...` replays it.
 
+mod build;
+mod crash;
+mod faults;
+mod hazards;
+mod model;
 mod referee;
+mod rules;
+mod support;
+mod threads;

@@ -69,6 +69,8 @@ pub(crate) struct Image {
     #[serde(default)]
     pub(crate) leaks_ok: bool,
     #[serde(default)]
+    pub(crate) dirty: bool,
+    #[serde(default)]
     pub(crate) expect: Vec<Vec<String>>,
     #[serde(default)]
     pub(crate) also_read_only: bool,

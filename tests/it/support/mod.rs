@@ -2,6 +2,7 @@
 
 pub(crate) mod command;
 pub(crate) mod corpus;
+pub(crate) mod qemu;
 pub(crate) mod server;
 
 use std::error::Error;
