@@ -21,17 +21,19 @@ use tempfile::TempDir;
 
 /// A fenced block.
 struct Block {
-    /// Page and line.
-    place: String,
+    page: String,
     kind: String,
-    lines: Vec<String>,
+    text: String,
 }
 
-/// All blocks of this kind; there must be some, or nothing would be tested.
+fn page(block: &Block) -> &str {
+    &block.page
+}
+
+/// All blocks of this kind; `for_each_case` takes none for a failure.
 fn blocks(kind: &str) -> Vec<Block> {
     let mut all = every_block();
     all.retain(|block| block.kind == kind);
-    assert!(!all.is_empty(), "no block of kind {kind}");
     all
 }
 
@@ -40,37 +42,25 @@ fn every_block() -> Vec<Block> {
     let mut pages = vec![root.join("README.md"), root.join("CONTRIBUTING.md")];
     for folder in ["docs", "docs/decisions"] {
         let entries = fs::read_dir(root.join(folder)).unwrap();
-        let paths = entries.map(|entry| entry.unwrap().path());
-        pages.extend(paths.filter(|path| path.extension().is_some_and(|found| found == "md")));
+        pages.extend(entries.map(|entry| entry.unwrap().path()));
     }
-    let mut blocks: Vec<Block> = Vec::new();
+    pages.retain(|page| page.extension().is_some_and(|found| found == "md"));
+    let mut blocks = Vec::new();
     for page in pages {
         let text = fs::read_to_string(&page).unwrap();
-        let mut open = false;
-        for (number, line) in text.lines().enumerate() {
-            if let Some(kind) = line.strip_prefix("```") {
-                open = !open;
-                if open {
-                    let place = format!("{}:{}", page.display(), number + 1);
-                    let (kind, lines) = (kind.to_owned(), Vec::new());
-                    blocks.push(Block { place, kind, lines });
-                }
-            } else if let (true, Some(block)) = (open, blocks.last_mut()) {
-                block.lines.push(line.to_owned());
-            }
+        for block in text.split("\n```").skip(1).step_by(2) {
+            let (kind, text) = block.split_once('\n').unwrap();
+            let page = page.display().to_string();
+            let (kind, text) = (kind.to_owned(), text.to_owned());
+            blocks.push(Block { page, kind, text });
         }
-        assert!(!open, "{}: a block does not end", page.display());
     }
     blocks
 }
 
-fn place(block: &Block) -> &str {
-    &block.place
-}
-
 #[test]
 fn every_block_has_a_known_kind() {
-    for_each_case(&every_block(), place, |block| {
+    for_each_case(&every_block(), page, |block| {
         let known = ["console", "qmp", "sh", "text", "json"].contains(&&*block.kind);
         ensure(known, || format!("kind '{}'", block.kind))
     });
@@ -78,19 +68,24 @@ fn every_block_has_a_known_kind() {
 
 #[test]
 fn console_blocks_run_and_print_what_they_show() {
-    for_each_case(&blocks("console"), place, |block| {
+    for_each_case(&blocks("console"), page, |block| {
         let (commands, shown): (Vec<_>, Vec<_>) =
-            block.lines.iter().partition(|line| line.starts_with("$ "));
+            block.text.lines().partition(|line| line.starts_with("$ "));
         let script: Vec<_> = commands.iter().map(|line| &line[2..]).collect();
         let dir = TempDir::new()?;
         let folder = Path::new(QBLKD).parent().ok_or("no folder")?;
         let path = format!("{}:{}", folder.display(), std::env::var("PATH")?);
         let mut shell = Command::new("sh");
-        shell.args(["-e", "-c", &script.join("\n")]).current_dir(dir.path()).env("PATH", path);
+        shell
+            .args(["-e", "-c", &script.join("\n")])
+            .current_dir(dir.path())
+            .env("PATH", path);
         let printed = run_command(&mut shell, LIMIT)?.success()?.stdout;
         let mut printed = printed.lines();
         for line in shown.into_iter().filter(|line| *line != "...") {
-            ensure(printed.any(|found| found == line), || format!("'{line}' is not printed"))?;
+            ensure(printed.any(|found| found == line), || {
+                format!("'{line}' is not printed")
+            })?;
         }
         Ok(())
     });
@@ -98,14 +93,19 @@ fn console_blocks_run_and_print_what_they_show() {
 
 #[test]
 fn sh_blocks_name_options_and_scripts_that_exist() {
-    for_each_case(&blocks("sh"), place, |block| {
-        for line in block.lines.join("\n").replace("\\\n", " ").lines() {
-            let words: Vec<_> = line.split_whitespace().take_while(|word| *word != "#").collect();
+    for_each_case(&blocks("sh"), page, |block| {
+        for line in block.text.replace("\\\n", " ").lines() {
+            let words: Vec<_> = line
+                .split_whitespace()
+                .take_while(|word| *word != "#")
+                .collect();
             for word in words.iter().filter(|word| word.starts_with("contrib/")) {
                 let there = Path::new(env!("CARGO_MANIFEST_DIR")).join(word).exists();
                 ensure(there, || format!("{word} does not exist"))?;
             }
-            let at = words.iter().position(|word| *word == "qblkd" || word.ends_with("/qblkd"));
+            let at = words
+                .iter()
+                .position(|word| *word == "qblkd" || word.ends_with("/qblkd"));
             if let Some(at) = at {
                 check_options(&words[at + 1..])?;
             }
@@ -117,36 +117,49 @@ fn sh_blocks_name_options_and_scripts_that_exist() {
 /// Each `--option` among the arguments is in the help of the subcommand that they begin with.
 fn check_options(arguments: &[&str]) -> Result<(), Failure> {
     let first = arguments.first().copied().unwrap_or("");
-    let tool = ["create", "info", "check"].into_iter().find(|tool| *tool == first);
-    let help = run(QBLKD, tool.into_iter().chain(["--help"]))?.success()?.stdout;
+    let tool = ["create", "info", "check"]
+        .into_iter()
+        .find(|tool| *tool == first);
+    let help = run(QBLKD, tool.into_iter().chain(["--help"]))?
+        .success()?
+        .stdout;
     for word in arguments.iter().filter(|word| word.starts_with("--")) {
         let option = word.split('=').next().unwrap_or(word);
-        let there = help.split_whitespace().any(|known| known.trim_end_matches(',') == option);
-        ensure(there, || format!("{option} is not an option of qblkd {first}"))?;
+        let there = help
+            .split_whitespace()
+            .any(|known| known.trim_end_matches(',') == option);
+        ensure(there, || {
+            format!("{option} is not an option of qblkd {first}")
+        })?;
     }
     Ok(())
 }
 
 #[test]
 fn qmp_blocks_are_conversations_that_happen() {
-    for_each_case(&blocks("qmp"), place, |block| {
+    for_each_case(&blocks("qmp"), page, |block| {
         let dir = TempDir::new()?;
-        let (image, control) = (dir.path().join("disk.qcow2"), dir.path().join("control.sock"));
+        let image = dir.path().join("disk.qcow2");
+        let control = dir.path().join("control.sock");
         run(QBLKD, [Path::new("create"), &image, Path::new("1G")])?.success()?;
         let (file, socket) = (Path::new("--blk-file"), Path::new("--control"));
         let _server = Server::start([file, &image, socket, &control])?;
         let mut stream = UnixStream::connect(&control)?;
         stream.set_read_timeout(Some(LIMIT))?;
         let mut received = BufReader::new(stream.try_clone()?).lines();
-        for line in &block.lines {
+        for line in block.text.lines() {
             if let Some(sent) = line.strip_prefix("-> ") {
                 writeln!(stream, "{sent}")?;
             } else {
-                let shown = line.strip_prefix("<- ").ok_or("a line is neither -> nor <-")?;
+                let shown = line
+                    .strip_prefix("<- ")
+                    .ok_or("a line is neither -> nor <-")?;
                 let shown: Value = serde_json::from_str(shown)?;
                 let found = received.next().ok_or("the server hung up")??;
                 let whole = serde_json::from_str(&found)?;
-                ensure(is_part(&shown, &whole), || format!("{line}\nis not in {found}"))?;
+                ensure(is_part(&shown, &whole), || {
+                    format!("{line}\nis not in {found}")
+                })?;
             }
         }
         Ok(())
@@ -156,9 +169,9 @@ fn qmp_blocks_are_conversations_that_happen() {
 /// Objects may have more members than are shown; all else is equal.
 fn is_part(shown: &Value, whole: &Value) -> bool {
     match (shown, whole) {
-        (Value::Object(shown), Value::Object(whole)) => shown.iter().all(|(name, shown)| {
-            whole.get(name).is_some_and(|whole| is_part(shown, whole))
-        }),
+        (Value::Object(shown), Value::Object(whole)) => shown
+            .iter()
+            .all(|(name, shown)| whole.get(name).is_some_and(|whole| is_part(shown, whole))),
         (Value::Array(shown), Value::Array(whole)) => {
             shown.len() == whole.len() && shown.iter().zip(whole).all(|(s, w)| is_part(s, w))
         }

@@ -14,6 +14,7 @@ mod kit;
 mod chaos;
 #[cfg(test)]
 mod crash;
+#[cfg(test)]
 mod docs;
 #[cfg(test)]
 mod referee;
