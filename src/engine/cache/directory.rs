@@ -48,9 +48,9 @@ fn bump(counter: &AtomicU64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
 }
 
-/// See the module text.
+/// A worker's direct-mapped cache of slice bodies with its put table.
 #[derive(Debug)]
-pub(crate) struct Directory {
+pub struct Directory {
     slots: Vec<Option<Arc<SliceBody>>>,
     mask: usize,
     put_table: PutTable,
@@ -59,7 +59,8 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// A directory of at least `slots` slots (rounded up to a power of two).
-    pub(crate) fn new(slots: usize, counters: Arc<CacheCounters>) -> Self {
+    #[must_use]
+    pub fn new(slots: usize, counters: Arc<CacheCounters>) -> Self {
         let count = slots.max(16).next_power_of_two();
         let mut table = Vec::new();
         table.resize_with(count, || None);
@@ -75,7 +76,7 @@ impl Directory {
 
     /// The live body of `key`, if this worker has it. No lock, no shared write.
     #[inline]
-    pub(crate) fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&Arc<SliceBody>> {
+    pub fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&Arc<SliceBody>> {
         let slot = self.slot(key, slice_bits);
         let hit = matches!(&self.slots[slot], Some(body) if body.key() == key && !body.is_retired());
         if hit {
@@ -94,7 +95,7 @@ impl Directory {
     }
 
     /// Puts a body into its slot; what was there moves to the put table.
-    pub(crate) fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
+    pub fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
         let slot = self.slot(body.key(), slice_bits);
         if let Some(displaced) = self.slots[slot].replace(body)
             && !displaced.is_retired()
@@ -103,11 +104,14 @@ impl Directory {
         }
     }
 
-    pub(crate) fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
+    /// Pins a body for a request that is about to suspend: it stays in the store until the ticket
+    /// is [put](Self::put).
+    pub fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
         self.put_table.pin(body)
     }
 
-    pub(crate) fn put(&mut self, ticket: &Ticket) {
+    /// Gives a pin back, without a search.
+    pub fn put(&mut self, ticket: &Ticket) {
         self.put_table.put(ticket);
     }
 }

@@ -20,7 +20,7 @@ pub(crate) struct SliceState {
 
 /// An L2 slice in memory, shared by all threads.
 #[derive(Debug)]
-pub(crate) struct SliceBody {
+pub struct SliceBody {
     key: SliceKey,
     entries: Box<[AtomicU64]>,
     /// Set once, under the lock, when the body leaves the store. A writer checks it under the
@@ -37,7 +37,10 @@ pub(crate) struct SliceBody {
 }
 
 impl SliceBody {
-    pub(crate) fn new(key: SliceKey, entries: Box<[AtomicU64]>, suspicious: bool) -> Self {
+    /// A live body with the entries as the file has them, in host byte order. `suspicious`: some
+    /// entry must not be used without a closer look.
+    #[must_use]
+    pub fn new(key: SliceKey, entries: Box<[AtomicU64]>, suspicious: bool) -> Self {
         Self {
             key,
             entries,
@@ -49,8 +52,10 @@ impl SliceBody {
         }
     }
 
+    /// The slice that this is the body of.
+    #[must_use]
     #[inline]
-    pub(crate) fn key(&self) -> SliceKey {
+    pub fn key(&self) -> SliceKey {
         self.key
     }
 
@@ -70,8 +75,13 @@ impl SliceBody {
         self.retired.load(Ordering::Acquire)
     }
 
+    /// The entry at `index`.
+    ///
+    /// # Panics
+    /// When the slice has no such entry.
+    #[must_use]
     #[inline]
-    pub(crate) fn entry(&self, index: usize) -> L2Entry {
+    pub fn entry(&self, index: usize) -> L2Entry {
         L2Entry(self.entries[index].load(Ordering::Acquire))
     }
 
