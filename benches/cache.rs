@@ -180,12 +180,14 @@ impl Cache for Ours {
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let key = SliceKey::new(0, HostOffset::new(offset_of(number)));
         if !self.pins
-            && let Some(body) = self.directory.get(key, SLICE_BITS)
+            && let Some(found) = self.directory.get(key, SLICE_BITS)
         {
-            return body.entry(index).0;
+            return found.entry(index).0;
         }
-        let body = if let Some(body) = self.directory.get(key, SLICE_BITS) {
-            Arc::clone(body)
+        let body = if self.pins
+            && let Some(found) = self.directory.get(key, SLICE_BITS)
+        {
+            Arc::clone(found.body())
         } else {
             let body = Arc::clone(&self.bodies[number]);
             self.directory.install(Arc::clone(&body), SLICE_BITS);

@@ -19,7 +19,7 @@ pub(crate) mod store;
 
 use crate::units::HostOffset;
 
-pub use self::directory::{CacheCounters, CacheStats, Directory};
+pub use self::directory::{CacheCounters, CacheStats, CachedSlice, Directory};
 pub use self::put_table::Ticket;
 pub use self::slice::SliceBody;
 
