@@ -135,7 +135,7 @@ pub struct ServeArgs {
     pub backing_dir: Vec<PathBuf>,
 
     /// Memory for cached L2 tables; too little is rounded up
-    /// [default: enough for the whole disk, up to a cap]
+    /// [default: enough for the whole disk, at most 256M]
     #[arg(long, value_name = "SIZE", help_heading = "Image")]
     pub l2_cache_size: Option<String>,
 
@@ -144,11 +144,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", help_heading = "Image")]
     pub l2_cache_entry_size: Option<String>,
 
-    /// Memory for cached refcount blocks; too little is rounded up [default: set by the image]
+    /// Memory for cached refcount blocks; too little is rounded up [default: 4M]
     #[arg(long, value_name = "SIZE", help_heading = "Image")]
     pub refcount_cache_size: Option<String>,
 
-    /// Logical block size that the guest sees: a power of two from 512 to 2M
+    /// Logical block size that the guest sees: a power of two from 512 to 64k
     #[arg(
         long,
         value_name = "SIZE",
@@ -229,7 +229,8 @@ pub struct CreateArgs {
     #[arg(long, value_name = "BITS", default_value = "16")]
     pub refcount_bits: u32,
 
-    /// Let reference counts on disk lag behind; after a crash they are rebuilt
+    /// Allow writers to let reference counts lag behind and rebuild them after a crash; qblkd itself
+    /// keeps them exact
     #[arg(long)]
     pub lazy_refcounts: bool,
 

@@ -14,7 +14,7 @@
 
 mod active;
 mod allocator;
-mod cache;
+pub mod cache;
 pub mod chain;
 pub mod check;
 mod compress;

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicU64;
 use super::Image;
 use super::allocator::Run;
 use super::cache::SliceKey;
-use super::cache::directory::{CacheCounters, Directory};
+use super::cache::directory::{CacheCounters, CachedSlice, Directory};
 use super::cache::put_table::Ticket;
 use super::cache::slice::SliceBody;
 use super::cache::store::Lookup;
@@ -163,12 +163,12 @@ impl<S: Storage> Worker<S> {
             if !self.image.is_owned(place.l1_index, pin.generation()) {
                 return Fast::Slow;
             }
-            let Some(body) = resident(active, mapping, &mut directory, &place) else {
+            let Some(slice) = resident(active, mapping, &mut directory, &place) else {
                 return Fast::Slow;
             };
             let mut index = place.index;
-            while position < end && index < body.len() {
-                let entry = body.entry(index);
+            while position < end && index < slice.entry_count() {
+                let entry = slice.entry(index);
                 let Some(host) = in_place(entry) else { return Fast::Slow };
                 let inside = mapping.geometry.offset_in_cluster(position);
                 let len = (mapping.geometry.cluster_size() - inside).min(end - position);
@@ -206,8 +206,8 @@ impl<S: Storage> Worker<S> {
         mapping: &Mapping,
         key: SliceKey,
     ) -> Result<Arc<SliceBody>, Error> {
-        if let Some(body) = self.directory.borrow_mut().get(key, mapping.slice_bits) {
-            return Ok(Arc::clone(body));
+        if let Some(found) = self.directory.borrow_mut().get(key, mapping.slice_bits) {
+            return Ok(Arc::clone(found.body()));
         }
         loop {
             match self.image.store.look_up(key) {
@@ -270,11 +270,11 @@ fn resident<'a>(
     mapping: &Mapping,
     directory: &'a mut Directory,
     place: &EntryPlace,
-) -> Option<&'a Arc<SliceBody>> {
+) -> Option<&'a CachedSlice> {
     let l1_entry = mapping.l1_entry(place.l1_index);
     let table = l1_entry.table_offset()?;
-    let body = directory.get(layer.slice_key(table, place), mapping.slice_bits)?;
-    (!body.is_suspicious()).then_some(body)
+    let found = directory.get(layer.slice_key(table, place), mapping.slice_bits)?;
+    (!found.body().is_suspicious()).then_some(found)
 }
 
 /// Resolves the first piece of a read in one layer.
@@ -297,10 +297,10 @@ fn step(layer: &Layer, directory: &mut Directory, position: u64, len: u64) -> St
         let span = geometry.l2_table_span();
         return Step::Next(len.min(span - position % span));
     }
-    let Some(body) = resident(layer, mapping, directory, &place) else { return Step::Slow };
+    let Some(slice) = resident(layer, mapping, directory, &place) else { return Step::Slow };
     let inside = geometry.offset_in_cluster(position);
     let run = (geometry.cluster_size() - inside).min(len);
-    match body.entry(place.index).decode(geometry, mapping.version) {
+    match slice.entry(place.index).decode(geometry, mapping.version) {
         Ok(Cluster::Standard { host, .. }) => Step::Extent(Extent::Data {
             file: layer.file,
             host_offset: host.get() + inside,

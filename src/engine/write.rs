@@ -362,6 +362,7 @@ impl<S: Storage> Worker<S> {
                 ) if old == new
             );
             if !keeps {
+                debug_assert!(state.modified, "a drop that no flush would wait for");
                 active.drop_cluster(mapping.geometry, cluster);
             }
         }

@@ -15,6 +15,8 @@ mod chaos;
 #[cfg(test)]
 mod crash;
 #[cfg(test)]
+mod docs;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod referee;

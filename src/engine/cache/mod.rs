@@ -7,6 +7,9 @@
 //!
 //! Invariants: there are never two live bodies of one slice; a body that leaves the store is
 //! *retired* first, and every hit of a directory checks that; a modified or pinned body stays.
+//!
+//! Public is what `benches/cache.rs` measures: a [`Directory`] over [`SliceBody`]s. The store and
+//! all that changes a body stay inside.
 
 pub(crate) mod directory;
 pub(crate) mod put_table;
@@ -16,16 +19,22 @@ pub(crate) mod store;
 
 use crate::units::HostOffset;
 
+pub use self::directory::{CacheCounters, CacheStats, CachedSlice, Directory};
+pub use self::put_table::Ticket;
+pub use self::slice::SliceBody;
+
 /// Names a slice across the backing chain: layer in the top byte, host offset below it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) struct SliceKey(u64);
+pub struct SliceKey(u64);
 
 impl SliceKey {
     /// Bits of a host offset (the format allows 2^56 bytes).
     const OFFSET_BITS: u32 = 56;
 
+    /// The key of the slice at `host_offset` in layer `layer` of the chain.
+    #[must_use]
     #[inline]
-    pub(crate) fn new(layer: u8, host_offset: HostOffset) -> Self {
+    pub fn new(layer: u8, host_offset: HostOffset) -> Self {
         debug_assert_eq!(host_offset.get() >> Self::OFFSET_BITS, 0);
         Self(u64::from(layer) << Self::OFFSET_BITS | host_offset.get())
     }

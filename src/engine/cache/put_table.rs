@@ -21,9 +21,12 @@ struct Entry {
     pins: u32,
 }
 
-/// Where a pin is kept.
+/// Where a pin is kept. Give it back to the [`Directory`](super::Directory) that made it.
 #[derive(Debug)]
-pub(crate) enum Ticket {
+pub struct Ticket(Place);
+
+#[derive(Debug)]
+enum Place {
     /// In the table, at this index.
     Entry(usize),
     /// All four entries of the set were pinned: on the body itself.
@@ -109,17 +112,17 @@ impl PutTable {
                 body.pin();
             }
             entry.pins += 1;
-            Ticket::Entry(index)
+            Ticket(Place::Entry(index))
         } else {
             body.pin();
-            Ticket::Body(Arc::clone(body))
+            Ticket(Place::Body(Arc::clone(body)))
         }
     }
 
     /// Gives a pin back. No search: the ticket says where it is.
     pub(crate) fn put(&mut self, ticket: &Ticket) {
-        match ticket {
-            Ticket::Entry(index) => {
+        match &ticket.0 {
+            Place::Entry(index) => {
                 let entry = &mut self.entries[*index];
                 entry.pins -= 1;
                 if entry.pins == 0
@@ -128,7 +131,7 @@ impl PutTable {
                     body.unpin();
                 }
             }
-            Ticket::Body(body) => body.unpin(),
+            Place::Body(body) => body.unpin(),
         }
     }
 }

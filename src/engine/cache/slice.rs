@@ -3,9 +3,12 @@
 //! `entries` are raw entries of the format in host byte order. Readers load them without a lock;
 //! writers of one slice serialise on `state`. A store to an entry is a release, a load an
 //! acquire, so that who sees a mapping also sees everything that had to come before it.
+//!
+//! A directory keeps a reference to the entries beside the one to the body, so that a hit loads its
+//! entry without waiting for the body. All else that a hit looks at is in one cache line.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::SliceKey;
 use crate::engine::error::lock;
@@ -18,16 +21,20 @@ pub(crate) struct SliceState {
     pub(crate) modified: bool,
 }
 
+/// The body has left the store. Set once, under the lock. A writer checks it under the lock; a
+/// reader before it uses an entry.
+const RETIRED: u8 = 1;
+/// Used since the eviction hand last passed.
+const VISITED: u8 = 2;
+
 /// An L2 slice in memory, shared by all threads.
 #[derive(Debug)]
-pub(crate) struct SliceBody {
+#[repr(align(64))]
+pub struct SliceBody {
     key: SliceKey,
-    entries: Box<[AtomicU64]>,
-    /// Set once, under the lock, when the body leaves the store. A writer checks it under the
-    /// lock; a reader before it loads an entry.
-    retired: AtomicBool,
-    /// Used since the eviction hand last passed.
-    visited: AtomicBool,
+    entries: Arc<[AtomicU64]>,
+    /// [`RETIRED`] and [`VISITED`]: a hit looks at both at once.
+    marks: AtomicU8,
     /// Suspended requests and write-backs that need the body to stay in the store.
     pins: AtomicU32,
     /// Some entry contradicts the format or points where no data may be: entries of this slice
@@ -37,20 +44,24 @@ pub(crate) struct SliceBody {
 }
 
 impl SliceBody {
-    pub(crate) fn new(key: SliceKey, entries: Box<[AtomicU64]>, suspicious: bool) -> Self {
+    /// A live body with the entries as the file has them, in host byte order. `suspicious`: some
+    /// entry must not be used without a closer look.
+    #[must_use]
+    pub fn new(key: SliceKey, entries: Arc<[AtomicU64]>, suspicious: bool) -> Self {
         Self {
             key,
             entries,
-            retired: AtomicBool::new(false),
-            visited: AtomicBool::new(true),
+            marks: AtomicU8::new(VISITED),
             pins: AtomicU32::new(0),
             suspicious,
             state: Mutex::new(SliceState::default()),
         }
     }
 
+    /// The slice that this is the body of.
+    #[must_use]
     #[inline]
-    pub(crate) fn key(&self) -> SliceKey {
+    pub fn key(&self) -> SliceKey {
         self.key
     }
 
@@ -67,11 +78,36 @@ impl SliceBody {
 
     #[inline]
     pub(crate) fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+        self.marks.load(Ordering::Acquire) & RETIRED != 0
     }
 
+    /// Says whether the body is live, and marks it as used if so. Writes only when the mark is not
+    /// there.
     #[inline]
-    pub(crate) fn entry(&self, index: usize) -> L2Entry {
+    pub(crate) fn visit_live(&self) -> bool {
+        let marks = self.marks.load(Ordering::Acquire);
+        if marks == VISITED {
+            return true;
+        }
+        if marks & RETIRED != 0 {
+            return false;
+        }
+        self.visit();
+        true
+    }
+
+    /// What a directory keeps beside the body.
+    pub(crate) fn shared_entries(&self) -> Arc<[AtomicU64]> {
+        Arc::clone(&self.entries)
+    }
+
+    /// The entry at `index`.
+    ///
+    /// # Panics
+    /// When the slice has no such entry.
+    #[must_use]
+    #[inline]
+    pub fn entry(&self, index: usize) -> L2Entry {
         L2Entry(self.entries[index].load(Ordering::Acquire))
     }
 
@@ -95,27 +131,24 @@ impl SliceBody {
         if state.modified || self.pins.load(Ordering::Acquire) > 0 {
             return false;
         }
-        self.retired.store(true, Ordering::Release);
+        self.marks.fetch_or(RETIRED, Ordering::Release);
         true
     }
 
     /// Retires the body because its table is gone.
     pub(crate) fn retire(&self) {
         let _state = self.lock();
-        self.retired.store(true, Ordering::Release);
+        self.marks.fetch_or(RETIRED, Ordering::Release);
     }
 
-    /// Marks the body as used. Writes only when the mark is not there.
-    #[inline]
+    /// Marks the body as used.
     pub(crate) fn visit(&self) {
-        if !self.visited.load(Ordering::Relaxed) {
-            self.visited.store(true, Ordering::Relaxed);
-        }
+        self.marks.fetch_or(VISITED, Ordering::Relaxed);
     }
 
     /// Takes the mark away and says whether it was there.
     pub(crate) fn unvisit(&self) -> bool {
-        self.visited.swap(false, Ordering::Relaxed)
+        self.marks.fetch_and(!VISITED, Ordering::Relaxed) & VISITED != 0
     }
 
     pub(crate) fn pin(&self) {

@@ -70,7 +70,7 @@ impl Recipe {
 
     /// The version (see `model`) of a sector of the new disk.
     pub(super) fn value(&self, sector: u64) -> u32 {
-        match (self.fill)(sector * 512 >> self.cluster_bits) {
+        match (self.fill)((sector * 512) >> self.cluster_bits) {
             Fill::Data | Fill::Compressed => INITIAL,
             Fill::Zero | Fill::ZeroKept => 0,
             Fill::None if self.backing.is_some_and(|size| sector * 512 < size) => BACKING,
@@ -81,7 +81,11 @@ impl Recipe {
     /// The bytes of the backing file.
     pub(super) fn backing_bytes(&self) -> Option<Vec<u8>> {
         let size = self.backing?;
-        Some((0..size / 512).flat_map(|sector| sector_bytes(sector, BACKING)).collect())
+        Some(
+            (0..size / 512)
+                .flat_map(|sector| sector_bytes(sector, BACKING))
+                .collect(),
+        )
     }
 
     /// The bytes of the image.
@@ -115,8 +119,12 @@ impl Builder {
     fn alloc(&mut self, bytes: u64) -> u64 {
         let at = to_u64(self.bytes.len());
         let clusters = self.geometry.clusters_for(bytes);
-        self.bytes.resize(self.bytes.len() + to_usize(clusters * self.cluster_size()), 0);
-        self.counts.resize(self.counts.len() + to_usize(clusters), 1);
+        self.bytes.resize(
+            self.bytes.len() + to_usize(clusters * self.cluster_size()),
+            0,
+        );
+        self.counts
+            .resize(self.counts.len() + to_usize(clusters), 1);
         at
     }
 
@@ -156,7 +164,10 @@ impl Builder {
         while to_u64(blocks.len()) * entries < to_u64(self.counts.len()) {
             blocks.push(self.alloc(cluster_size));
         }
-        assert!(to_u64(blocks.len()) * 8 <= cluster_size, "the refcount table has one cluster");
+        assert!(
+            to_u64(blocks.len()) * 8 <= cluster_size,
+            "the refcount table has one cluster"
+        );
         for (number, block) in (0..).zip(&blocks) {
             self.put_word(table + number * 8, *block);
         }
@@ -189,7 +200,10 @@ impl Builder {
             let table = self.alloc(cluster_size);
             self.put_word(l1_at, L1Entry::new(HostOffset::new(table), true).0);
         }
-        let table = L1Entry(self.word(l1_at)).table_offset().expect("just set").get();
+        let table = L1Entry(self.word(l1_at))
+            .table_offset()
+            .expect("just set")
+            .get();
         let first = cluster * cluster_size / 512;
         let data: Vec<u8> = (first..first + cluster_size / 512)
             .flat_map(|sector| {
@@ -238,7 +252,10 @@ impl Builder {
     }
 
     fn count(&mut self, entry: L2Entry, add: u64) {
-        let clusters = match entry.decode(self.geometry, self.version).expect("our own entry") {
+        let clusters = match entry
+            .decode(self.geometry, self.version)
+            .expect("our own entry")
+        {
             Cluster::Unallocated | Cluster::ZeroPlain => return,
             Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. } => {
                 let cluster = self.geometry.host_cluster(host).get();
@@ -261,7 +278,9 @@ impl Builder {
             let entry = L1Entry(self.word(l1 + index * 8)).with_copied(false);
             self.put_word(l1 + index * 8, entry.0);
             self.put_word(copy + index * 8, entry.0);
-            let Some(table) = entry.table_offset() else { continue };
+            let Some(table) = entry.table_offset() else {
+                continue;
+            };
             self.counts[to_usize(self.geometry.host_cluster(table).get())] += 1;
             for l2_index in 0..self.geometry.l2_entries() {
                 let at = table.get() + l2_index * 8;
@@ -289,7 +308,9 @@ impl Builder {
 
 fn word(bytes: &[u8], at: u64) -> u64 {
     let at = to_usize(at);
-    bytes.get(at..at + 8).map_or(0, |word| u64::from_be_bytes(word.try_into().expect("8 bytes")))
+    bytes.get(at..at + 8).map_or(0, |word| {
+        u64::from_be_bytes(word.try_into().expect("8 bytes"))
+    })
 }
 
 /// The disk of an image's snapshot, or of its active tree, read without the engine.
@@ -302,10 +323,16 @@ pub(super) fn read_tree(
     let geometry = header.geometry();
     let mut l1 = header.l1_table_offset.get();
     if snapshot {
-        let table = bytes.get(to_usize(header.snapshot_table_offset.get())..).unwrap_or_default();
+        let table = bytes
+            .get(to_usize(header.snapshot_table_offset.get())..)
+            .unwrap_or_default();
         let entries = crate::format::snapshot::decode_table(table, header.snapshot_count)
             .map_err(|error| error.to_string())?;
-        l1 = entries.first().ok_or("the snapshot is gone")?.l1_offset.get();
+        l1 = entries
+            .first()
+            .ok_or("the snapshot is gone")?
+            .l1_offset
+            .get();
     }
     let cluster_size = to_usize(geometry.cluster_size());
     let mut disk = Vec::with_capacity(to_usize(header.size));
@@ -316,10 +343,15 @@ pub(super) fn read_tree(
             L2Entry(word(bytes, table.get() + geometry.l2_index(guest) * 8))
         });
         let mut data = vec![0; cluster_size];
-        match entry.decode(geometry, header.version).map_err(|error| error.to_string())? {
+        match entry
+            .decode(geometry, header.version)
+            .map_err(|error| error.to_string())?
+        {
             Cluster::ZeroPlain | Cluster::ZeroAllocated { .. } => {}
             Cluster::Unallocated => {
-                let below = backing.and_then(|bytes| bytes.get(disk.len()..)).unwrap_or_default();
+                let below = backing
+                    .and_then(|bytes| bytes.get(disk.len()..))
+                    .unwrap_or_default();
                 let len = below.len().min(cluster_size);
                 data[..len].copy_from_slice(&below[..len]);
             }
@@ -333,7 +365,11 @@ pub(super) fn read_tree(
                 let end = bytes.len().min(start + to_usize(len));
                 let mut inflate = flate2::Decompress::new(false);
                 inflate
-                    .decompress(&bytes[start..end], &mut data, flate2::FlushDecompress::Finish)
+                    .decompress(
+                        &bytes[start..end],
+                        &mut data,
+                        flate2::FlushDecompress::Finish,
+                    )
                     .map_err(|error| error.to_string())?;
             }
         }
@@ -355,7 +391,9 @@ pub(super) fn counted_past_the_end(bytes: &[u8]) -> Result<u64, String> {
     let mut counted = 0;
     for block in 0..words {
         let at = to_usize(word(bytes, table + block * 8));
-        let Some(content) = bytes.get(at..at + to_usize(geometry.cluster_size())) else { continue };
+        let Some(content) = bytes.get(at..at + to_usize(geometry.cluster_size())) else {
+            continue;
+        };
         let past = (0..entries).filter(|index| {
             block * entries + index >= end
                 && refcount::get(content, geometry.refcount_order(), to_usize(*index)) > 0

@@ -40,12 +40,19 @@ fn small_caches() -> OpenOptions {
 }
 
 fn small_slices() -> OpenOptions {
-    OpenOptions { l2_cache_entry_size: 512, ..OpenOptions::default() }
+    OpenOptions {
+        l2_cache_entry_size: 512,
+        ..OpenOptions::default()
+    }
 }
 
 /// All scenarios.
 pub(super) fn scenarios() -> Vec<Scenario> {
-    let writes = Mix { zero: 0, discard: 0, ..Mix::ALL };
+    let writes = Mix {
+        zero: 0,
+        discard: 0,
+        ..Mix::ALL
+    };
     let plain = Recipe::plain;
     let base = Scenario {
         name: "allocating writes",
@@ -60,46 +67,88 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         base,
         Scenario {
             name: "overwrites",
-            recipe: Recipe { fill: data, ..plain(12, 96 << 10) },
+            recipe: Recipe {
+                fill: data,
+                ..plain(12, 96 << 10)
+            },
             requests: 25,
             ..base
         },
         Scenario {
             name: "copy on write of an image with a snapshot",
-            recipe: Recipe { fill: data, snapshot: true, ..plain(10, 64 << 10) },
+            recipe: Recipe {
+                fill: data,
+                snapshot: true,
+                ..plain(10, 64 << 10)
+            },
             ..base
         },
         Scenario {
             name: "discard and reuse",
-            recipe: Recipe { fill: data, ..plain(11, 64 << 10) },
-            mix: Mix { discard: 6, zero: 2, flush: 4, ..Mix::ALL },
+            recipe: Recipe {
+                fill: data,
+                ..plain(11, 64 << 10)
+            },
+            mix: Mix {
+                discard: 6,
+                zero: 2,
+                flush: 4,
+                ..Mix::ALL
+            },
             requests: 30,
             ..base
         },
         Scenario {
             name: "discard and reuse of old bytes",
-            recipe: Recipe { fill: data, can_punch: false, ..plain(12, 64 << 10) },
-            mix: Mix { discard: 6, flush: 4, longest: 16, ..Mix::ALL },
+            recipe: Recipe {
+                fill: data,
+                can_punch: false,
+                ..plain(12, 64 << 10)
+            },
+            mix: Mix {
+                discard: 6,
+                flush: 4,
+                longest: 16,
+                ..Mix::ALL
+            },
             requests: 30,
             ..base
         },
         Scenario {
             name: "write-zeroes",
-            recipe: Recipe { fill: data, ..plain(10, 64 << 10) },
-            mix: Mix { zero: 10, discard: 0, ..Mix::ALL },
+            recipe: Recipe {
+                fill: data,
+                ..plain(10, 64 << 10)
+            },
+            mix: Mix {
+                zero: 10,
+                discard: 0,
+                ..Mix::ALL
+            },
             requests: 20,
             ..base
         },
         Scenario {
             name: "table copies",
-            recipe: Recipe { fill: data, snapshot: true, ..plain(9, 192 << 10) },
-            mix: Mix { longest: 4, flush: 4, ..writes },
+            recipe: Recipe {
+                fill: data,
+                snapshot: true,
+                ..plain(9, 192 << 10)
+            },
+            mix: Mix {
+                longest: 4,
+                flush: 4,
+                ..writes
+            },
             requests: 20,
             ..base
         },
         Scenario {
             name: "growth with refcount blocks",
-            recipe: Recipe { refcount_order: 6, ..plain(9, 192 << 10) },
+            recipe: Recipe {
+                refcount_order: 6,
+                ..plain(9, 192 << 10)
+            },
             mix: Mix { flush: 3, ..writes },
             requests: 14,
             ..base
@@ -109,28 +158,56 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             recipe: Recipe {
                 refcount_order: 6,
                 // All that one cluster of the refcount table can name but some 100 clusters.
-                fill: |cluster| if cluster < 470 { Fill::None } else { Fill::Data },
+                fill: |cluster| {
+                    if cluster < 470 {
+                        Fill::None
+                    } else {
+                        Fill::Data
+                    }
+                },
                 ..plain(9, 2150 << 10)
             },
             workers: 3,
             requests: 9,
-            mix: Mix { read: 0, flush: 4, zero: 1, area: 470, ..writes },
-            options: small_slices,
+            mix: Mix {
+                read: 0,
+                flush: 4,
+                zero: 1,
+                area: 470,
+                ..writes
             },
+            options: small_slices,
+        },
         Scenario {
             name: "compressed clusters rewritten",
             recipe: Recipe {
-                fill: |cluster| if cluster % 4 == 3 { Fill::Data } else { Fill::Compressed },
+                fill: |cluster| {
+                    if cluster % 4 == 3 {
+                        Fill::Data
+                    } else {
+                        Fill::Compressed
+                    }
+                },
                 ..plain(11, 96 << 10)
             },
-            mix: Mix { discard: 1, ..writes },
+            mix: Mix {
+                discard: 1,
+                ..writes
+            },
             requests: 20,
             ..base
         },
         Scenario {
             name: "copy on write from a backing file",
-            recipe: Recipe { backing: Some(70 << 10), ..plain(11, 96 << 10) },
-            mix: Mix { longest: 6, discard: 1, ..writes },
+            recipe: Recipe {
+                backing: Some(70 << 10),
+                ..plain(11, 96 << 10)
+            },
+            mix: Mix {
+                longest: 6,
+                discard: 1,
+                ..writes
+            },
             requests: 18,
             ..base
         },
@@ -139,20 +216,39 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             recipe: plain(10, 96 << 10),
             workers: 6,
             requests: 10,
-            mix: Mix { flush: 8, longest: 4, ..Mix::ALL },
+            mix: Mix {
+                flush: 8,
+                longest: 4,
+                ..Mix::ALL
+            },
             ..base
         },
         Scenario {
             name: "write-through",
-            recipe: Recipe { version: 2, ..plain(10, 96 << 10) },
+            recipe: Recipe {
+                version: 2,
+                ..plain(10, 96 << 10)
+            },
             requests: 12,
-            mix: Mix { write_through: true, longest: 8, ..writes },
+            mix: Mix {
+                write_through: true,
+                longest: 8,
+                ..writes
+            },
             ..base
         },
         Scenario {
             name: "a device with old bytes",
-            recipe: Recipe { device: Some(300), can_punch: false, ..plain(11, 96 << 10) },
-            mix: Mix { longest: 6, discard: 2, ..Mix::ALL },
+            recipe: Recipe {
+                device: Some(300),
+                can_punch: false,
+                ..plain(11, 96 << 10)
+            },
+            mix: Mix {
+                longest: 6,
+                discard: 2,
+                ..Mix::ALL
+            },
             requests: 20,
             ..base
         },
@@ -174,7 +270,12 @@ pub(super) fn run(
     let tasks: Vec<_> = (0..scenario.workers)
         .map(|_| {
             let worker = rig.worker();
-            rig.driver.spawn(chaos(worker, random.fork(), scenario.requests, scenario.mix))
+            rig.driver.spawn(chaos(
+                worker,
+                random.fork(),
+                scenario.requests,
+                scenario.mix,
+            ))
         })
         .collect();
     loop {
@@ -205,10 +306,12 @@ pub(super) fn run(
             }
             let seed = random.u64(..);
             let mut after = rig.after_cut(cut, seed);
-            let more_work = seen.len() % WORK_EVERY == 0;
+            let more_work = seen.len().is_multiple_of(WORK_EVERY);
             if let Err(violation) = after.judge_cut(seed, more_work) {
                 let trace = rig.disk.trace();
-                return Err(Violation(format!("{violation}\nbefore the cut ({mode:?}):\n{trace}")));
+                return Err(Violation(format!(
+                    "{violation}\nbefore the cut ({mode:?}):\n{trace}"
+                )));
             }
         }
     }
@@ -218,7 +321,10 @@ pub(super) fn run(
 }
 
 fn scenario(name: &str) -> Scenario {
-    scenarios().into_iter().find(|scenario| scenario.name == name).expect("a scenario")
+    scenarios()
+        .into_iter()
+        .find(|scenario| scenario.name == name)
+        .expect("a scenario")
 }
 
 #[test]
@@ -243,7 +349,11 @@ fn survives(name: &str) {
             break;
         }
     }
-    assert!(replay || seen.len() >= STATES_MIN, "{name}: only {} distinct states", seen.len());
+    assert!(
+        replay || seen.len() >= STATES_MIN,
+        "{name}: only {} distinct states",
+        seen.len()
+    );
 }
 
 macro_rules! survives {

@@ -19,10 +19,37 @@ fn recipes() -> Vec<(&'static str, Recipe)> {
         _ => Fill::None,
     };
     vec![
-        ("plain", Recipe { refcount_order: 6, ..plain(9, 64 << 10) }),
-        ("snapshot", Recipe { fill: mixed, snapshot: true, ..plain(10, 64 << 10) }),
-        ("backing", Recipe { fill: mixed, backing: Some(40 << 10), ..plain(11, 64 << 10) }),
-        ("autoclear", Recipe { fill: mixed, autoclear: 1 << 9, ..plain(11, 64 << 10) }),
+        (
+            "plain",
+            Recipe {
+                refcount_order: 6,
+                ..plain(9, 64 << 10)
+            },
+        ),
+        (
+            "snapshot",
+            Recipe {
+                fill: mixed,
+                snapshot: true,
+                ..plain(10, 64 << 10)
+            },
+        ),
+        (
+            "backing",
+            Recipe {
+                fill: mixed,
+                backing: Some(40 << 10),
+                ..plain(11, 64 << 10)
+            },
+        ),
+        (
+            "autoclear",
+            Recipe {
+                fill: mixed,
+                autoclear: 1 << 9,
+                ..plain(11, 64 << 10)
+            },
+        ),
     ]
 }
 
@@ -39,7 +66,12 @@ fn run(recipe: Recipe, seed: u64, kind: OpKind, nth: u64, errno: i32) -> Result<
     rig.tolerant = true;
     let before = rig.disk.count(kind);
     rig.disk.fail_nth_of(kind, nth, errno);
-    let mix = Mix { discard: 4, flush: 3, longest: 12, ..Mix::ALL };
+    let mix = Mix {
+        discard: 4,
+        flush: 3,
+        longest: 12,
+        ..Mix::ALL
+    };
     for number in 0..2 {
         let random = fastrand::Rng::with_seed(seed * 100 + number);
         let client = rig.worker();
@@ -81,7 +113,8 @@ fn run(recipe: Recipe, seed: u64, kind: OpKind, nth: u64, errno: i32) -> Result<
     let mut random = fastrand::Rng::with_seed(seed + nth);
     for mode in [CutMode::AllUnflushed, CutMode::Random] {
         let cut = rig.disk.power_cut(&mut random, mode);
-        rig.after_cut(cut, seed + nth).judge_cut(seed + nth, mode == CutMode::AllUnflushed)?;
+        rig.after_cut(cut, seed + nth)
+            .judge_cut(seed + nth, mode == CutMode::AllUnflushed)?;
     }
     Ok(hit)
 }
@@ -95,7 +128,9 @@ fn every_operation_fails_once(kind: OpKind) {
                         Ok(true) => {}
                         Ok(false) => break,
                         Err(violation) => {
-                            panic!("{name}, {kind:?} {nth}, errno {errno}, SEED={seed}: {violation}")
+                            panic!(
+                                "{name}, {kind:?} {nth}, errno {errno}, SEED={seed}: {violation}"
+                            )
                         }
                     }
                 }
@@ -137,13 +172,20 @@ fn a_full_host_is_the_guests_error_and_nothing_is_lost() {
     for (device, seed) in [(false, 1), (true, 2)] {
         let fill = |cluster| if cluster < 8 { Fill::Data } else { Fill::None };
         let slots = if device { Some(12) } else { None };
-        let recipe = Recipe { fill, device: slots, ..Recipe::plain(12, 256 << 10) };
+        let recipe = Recipe {
+            fill,
+            device: slots,
+            ..Recipe::plain(12, 256 << 10)
+        };
         let mut rig = Rig::new(recipe, seed);
         if !device {
             let len_max = rig.disk.contents(super::support::IMAGE).len() as u64 + 20 * 4096;
             rig.disk.set_options(
                 super::support::IMAGE,
-                SimFileOptions { len_max, ..SimFileOptions::default() },
+                SimFileOptions {
+                    len_max,
+                    ..SimFileOptions::default()
+                },
             );
         }
         rig.open(&OpenOptions::default()).expect("opens");
@@ -161,12 +203,18 @@ fn a_full_host_is_the_guests_error_and_nothing_is_lost() {
             client.discard(0, 32).await.expect("discard");
             client.flush().await.expect("flush");
             client.flush().await.expect("flush");
-            client.write(0, 8).await.expect("the discarded space is free again");
+            client
+                .write(0, 8)
+                .await
+                .expect("the discarded space is free again");
             errors
         });
         rig.verdict().expect("reads are right");
         assert!(errors.len() > 20, "it was full: {}", errors.len());
-        assert!(errors.iter().all(|kind| *kind == ErrorKind::NoSpace), "{errors:?}");
+        assert!(
+            errors.iter().all(|kind| *kind == ErrorKind::NoSpace),
+            "{errors:?}"
+        );
         assert_eq!(rig.image().state(), State::Ready);
         rig.close().expect("closes");
         rig.judge_closed().expect("clean");

@@ -7,9 +7,7 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 
 use super::build::{Fill, Recipe};
-use super::support::{
-    Client, IMAGE, Mix, Rig, Violation, chaos, counted, seeds, violation,
-};
+use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, counted, seeds, violation};
 use crate::engine::{ErrorKind, OpenOptions, State};
 use crate::storage::sim::{CutMode, Fault, OpKind, Outcome, SimDisk};
 
@@ -97,7 +95,10 @@ fn free_and_reuse(rig: &mut Rig) -> Result<(), Violation> {
 fn a_slow_reader_and_reuse(seed: u64) -> Result<(), Violation> {
     let fill = |cluster| if cluster < 8 { Fill::Data } else { Fill::None };
     let mut rig = Rig::opened(
-        Recipe { fill, ..Recipe::plain(11, 64 << 10) },
+        Recipe {
+            fill,
+            ..Recipe::plain(11, 64 << 10)
+        },
         seed,
         &OpenOptions::default(),
     )?;
@@ -105,7 +106,8 @@ fn a_slow_reader_and_reuse(seed: u64) -> Result<(), Violation> {
     let first = reader.clone();
     let _ = rig.act(async move { first.read(0, 1).await })?;
     hold_marked(&rig.disk, OpKind::Read);
-    rig.driver.spawn(async move { reader.read(0, MARKED).await.is_ok() });
+    rig.driver
+        .spawn(async move { reader.read(0, MARKED).await.is_ok() });
     let disk = rig.disk.clone();
     rig.driver.run_until(move || marked_is_held(&disk));
     free_and_reuse(&mut rig)?;
@@ -115,13 +117,17 @@ fn a_slow_reader_and_reuse(seed: u64) -> Result<(), Violation> {
 /// The same with a slow write in place: it must not land in what has become another cluster's data.
 fn a_slow_write_in_place_and_reuse(seed: u64) -> Result<(), Violation> {
     let fill = |cluster| if cluster < 8 { Fill::Data } else { Fill::None };
-    let recipe = Recipe { fill, ..Recipe::plain(11, 64 << 10) };
+    let recipe = Recipe {
+        fill,
+        ..Recipe::plain(11, 64 << 10)
+    };
     let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
     let writer = rig.worker();
     let first = writer.clone();
     let _ = rig.act(async move { first.write(0, 1).await })?;
     hold_marked(&rig.disk, OpKind::Write);
-    rig.driver.spawn(async move { writer.write(0, MARKED).await.is_ok() });
+    rig.driver
+        .spawn(async move { writer.write(0, MARKED).await.is_ok() });
     let disk = rig.disk.clone();
     rig.driver.run_until(move || marked_is_held(&disk));
     free_and_reuse(&mut rig)?;
@@ -138,8 +144,10 @@ fn two_queues_allocate_one_cluster(seed: u64) -> Result<(), Violation> {
     let mut rig = Rig::opened(Recipe::plain(12, 64 << 10), seed, &OpenOptions::default())?;
     let (first, second) = (rig.worker(), rig.worker());
     hold_marked(&rig.disk, OpKind::Write);
-    rig.driver.spawn(async move { first.write(0, MARKED).await.is_ok() });
-    rig.driver.spawn(async move { second.write(4, 2).await.is_ok() });
+    rig.driver
+        .spawn(async move { first.write(0, MARKED).await.is_ok() });
+    rig.driver
+        .spawn(async move { second.write(4, 2).await.is_ok() });
     rig.driver.run_until_stuck();
     rig.disk.release();
     rig.run()?;
@@ -159,7 +167,8 @@ fn joined_flushes_cover_what_came_before_them(seed: u64) -> Result<(), Violation
         async move { leader.write(0, 8).await }
     })?;
     rig.disk.hold(|op| op.kind == OpKind::Sync);
-    rig.driver.spawn(async move { leader.flush().await.is_ok() });
+    rig.driver
+        .spawn(async move { leader.flush().await.is_ok() });
     rig.driver.run_until_stuck();
     for (first, queue) in [16, 32].into_iter().zip(&queues[1..]) {
         let queue = queue.clone();
@@ -177,7 +186,10 @@ fn joined_flushes_cover_what_came_before_them(seed: u64) -> Result<(), Violation
     if count.syncs > 3 {
         return violation(format!("{} syncs", count.syncs));
     }
-    let cut = rig.disk.power_cut(&mut fastrand::Rng::with_seed(seed), CutMode::NothingUnflushed);
+    let cut = rig.disk.power_cut(
+        &mut fastrand::Rng::with_seed(seed),
+        CutMode::NothingUnflushed,
+    );
     rig.after_cut(cut, seed).judge_cut(seed, true)?;
     rig.finish()
 }
@@ -185,7 +197,11 @@ fn joined_flushes_cover_what_came_before_them(seed: u64) -> Result<(), Violation
 /// A flush writes slices; until they are in the file, eviction must not make anybody load them from
 /// there.
 fn eviction_during_write_back(seed: u64) -> Result<(), Violation> {
-    let recipe = Recipe { fill: data, snapshot: true, ..Recipe::plain(9, 1 << 20) };
+    let recipe = Recipe {
+        fill: data,
+        snapshot: true,
+        ..Recipe::plain(9, 1 << 20)
+    };
     let mut rig = Rig::opened(recipe, seed, &tiny())?;
     let client = rig.worker();
     let writer = client.clone();
@@ -197,9 +213,11 @@ fn eviction_during_write_back(seed: u64) -> Result<(), Violation> {
     })?;
     rig.disk.hold(|op| op.kind == OpKind::Write);
     let flusher = client.clone();
-    rig.driver.spawn(async move { flusher.flush().await.is_ok() });
+    rig.driver
+        .spawn(async move { flusher.flush().await.is_ok() });
     let disk = rig.disk.clone();
-    rig.driver.run_until(move || disk.in_flight().iter().any(|op| op.kind == OpKind::Write));
+    rig.driver
+        .run_until(move || disk.in_flight().iter().any(|op| op.kind == OpKind::Write));
     for _ in 0..2 {
         let reader = rig.worker();
         rig.read_all(&reader, 4)?;
@@ -209,10 +227,14 @@ fn eviction_during_write_back(seed: u64) -> Result<(), Violation> {
 
 /// More slices are in use at once than a worker's directory and put table hold together.
 fn more_slices_in_use_than_the_tables_hold(seed: u64) -> Result<(), Violation> {
-    let recipe = Recipe { fill: data, ..Recipe::plain(9, 4 << 20) };
+    let recipe = Recipe {
+        fill: data,
+        ..Recipe::plain(9, 4 << 20)
+    };
     let mut rig = Rig::opened(recipe, seed, &tiny())?;
     let client = rig.worker();
-    rig.disk.hold(|op| op.kind == OpKind::Read && op.len == MARKED * 512);
+    rig.disk
+        .hold(|op| op.kind == OpKind::Read && op.len == MARKED * 512);
     for table in 0..128 {
         let client = client.clone();
         rig.driver.spawn(async move {
@@ -229,10 +251,18 @@ fn more_slices_in_use_than_the_tables_hold(seed: u64) -> Result<(), Violation> {
 /// A shared table is being copied; requests to the same and to other tables go on, and two workers
 /// want the same copy.
 fn a_table_copy_and_everybody_else(seed: u64) -> Result<(), Violation> {
-    let recipe = Recipe { fill: data, snapshot: true, ..Recipe::plain(9, 128 << 10) };
+    let recipe = Recipe {
+        fill: data,
+        snapshot: true,
+        ..Recipe::plain(9, 128 << 10)
+    };
     let mut rig = Rig::opened(recipe, seed, &tiny())?;
     rig.disk.hold(|op| op.kind == OpKind::Zeroes);
-    let mix = Mix { area: 96, longest: 4, ..Mix::ALL };
+    let mix = Mix {
+        area: 96,
+        longest: 4,
+        ..Mix::ALL
+    };
     let random = fastrand::Rng::with_seed(seed);
     for number in 0..4 {
         let (client, mut random) = (rig.worker(), random.clone());
@@ -253,7 +283,18 @@ fn a_table_copy_and_everybody_else(seed: u64) -> Result<(), Violation> {
 /// writes, and reads go on to give what was written, also when everything else was evicted.
 fn a_flush_fails_while_others_wait(seed: u64) -> Result<(), Violation> {
     for kind in [OpKind::Sync, OpKind::Write] {
-        let recipe = Recipe { fill: data, snapshot: true, ..Recipe::plain(9, 1 << 20) };
+        // The tables are there: their slices wait for the second round.
+        let fill = |cluster| {
+            if cluster % 2 == 0 {
+                Fill::Data
+            } else {
+                Fill::None
+            }
+        };
+        let recipe = Recipe {
+            fill,
+            ..Recipe::plain(9, 1 << 20)
+        };
         let mut rig = Rig::opened(recipe, seed, &tiny())?;
         rig.tolerant = true;
         let queues: Vec<Client> = (0..3).map(|_| rig.worker()).collect();
@@ -264,7 +305,12 @@ fn a_flush_fails_while_others_wait(seed: u64) -> Result<(), Violation> {
             }
             Ok::<_, crate::engine::Error>(())
         })?;
-        rig.disk.inject(Fault { kind: Some(kind), from: 1, count: 1, errno: libc::EIO });
+        rig.disk.inject(Fault {
+            kind: Some(kind),
+            from: 1,
+            count: 1,
+            errno: libc::EIO,
+        });
         rig.disk.hold(move |op| op.kind == kind);
         let answers: Vec<_> = queues
             .iter()
@@ -297,8 +343,18 @@ fn a_flush_fails_while_others_wait(seed: u64) -> Result<(), Violation> {
 
 /// The image grows by more refcount blocks at once than the cache holds.
 fn growth_by_more_blocks_than_the_cache_holds(seed: u64) -> Result<(), Violation> {
-    let fill = |cluster| if cluster < 3830 { Fill::Data } else { Fill::None };
-    let recipe = Recipe { refcount_order: 6, fill, ..Recipe::plain(9, 3 << 20) };
+    let fill = |cluster| {
+        if cluster < 3830 {
+            Fill::Data
+        } else {
+            Fill::None
+        }
+    };
+    let recipe = Recipe {
+        refcount_order: 6,
+        fill,
+        ..Recipe::plain(9, 3 << 20)
+    };
     let mut rig = Rig::opened(recipe, seed, &tiny())?;
     let writer = rig.worker();
     let _ = rig.act(async move {
@@ -313,8 +369,18 @@ fn growth_by_more_blocks_than_the_cache_holds(seed: u64) -> Result<(), Violation
 /// A flush is about to name refcount blocks in the refcount table. A longer table takes over
 /// meanwhile, and the old one's cluster is wanted for data.
 fn the_old_refcount_table_and_a_slow_flush(seed: u64) -> Result<(), Violation> {
-    let fill = |cluster| if cluster < 3650 { Fill::Data } else { Fill::None };
-    let recipe = Recipe { refcount_order: 6, fill, ..Recipe::plain(9, 3 << 20) };
+    let fill = |cluster| {
+        if cluster < 3650 {
+            Fill::Data
+        } else {
+            Fill::None
+        }
+    };
+    let recipe = Recipe {
+        refcount_order: 6,
+        fill,
+        ..Recipe::plain(9, 3 << 20)
+    };
     let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
     let (slow, other) = (rig.worker(), rig.worker());
     let first = slow.clone();
@@ -328,7 +394,9 @@ fn the_old_refcount_table_and_a_slow_flush(seed: u64) -> Result<(), Violation> {
     rig.driver.spawn(async move { slow.flush().await.is_ok() });
     rig.driver.run_until_stuck();
     let held = rig.disk.in_flight().first().map(|op| op.id);
-    let Some(held) = held else { return violation("no sync of the flush is in flight") };
+    let Some(held) = held else {
+        return violation("no sync of the flush is in flight");
+    };
     rig.disk.hold(move |op| op.id == held);
     let _ = rig.act(async move {
         for sector in 3800..5800 {
@@ -385,7 +453,10 @@ hazards! {
 
 #[test]
 fn a_flush_of_overwrites_is_one_sync_and_nothing_else() {
-    let recipe = Recipe { fill: data, ..Recipe::plain(16, 1 << 20) };
+    let recipe = Recipe {
+        fill: data,
+        ..Recipe::plain(16, 1 << 20)
+    };
     let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
     let client = rig.worker();
     let disk = rig.disk.clone();
@@ -400,8 +471,15 @@ fn a_flush_of_overwrites_is_one_sync_and_nothing_else() {
 fn a_flush_of_new_mappings_is_at_most_two_syncs() {
     let recipes = [
         Recipe::plain(16, 8 << 20),
-        Recipe { fill: data, snapshot: true, ..Recipe::plain(16, 1 << 20) },
-        Recipe { backing: Some(1 << 20), ..Recipe::plain(12, 2 << 20) },
+        Recipe {
+            fill: data,
+            snapshot: true,
+            ..Recipe::plain(16, 1 << 20)
+        },
+        Recipe {
+            backing: Some(1 << 20),
+            ..Recipe::plain(12, 2 << 20)
+        },
     ];
     for recipe in recipes {
         let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
@@ -412,7 +490,11 @@ fn a_flush_of_new_mappings_is_at_most_two_syncs() {
             let _ = rig.act(async move { writer.write(round * 200, 100).await });
             let (_, count) = counted(&disk, || rig.act(async move { client.flush().await }));
             assert!(count.syncs <= 2, "{} syncs", count.syncs);
-            assert!(count.writes <= 6 && count.bytes < 1 << 20, "{} writes", count.writes);
+            assert!(
+                count.writes <= 6 && count.bytes < 1 << 20,
+                "{} writes",
+                count.writes
+            );
         }
         rig.finish().expect("clean");
     }
@@ -452,8 +534,18 @@ fn a_flush_that_is_dropped_half_way_fails_the_image() {
 
 #[test]
 fn a_failed_sync_of_a_longer_refcount_table_fails_the_image() {
-    let fill = |cluster| if cluster < 3830 { Fill::Data } else { Fill::None };
-    let recipe = Recipe { refcount_order: 6, fill, ..Recipe::plain(9, 3 << 20) };
+    let fill = |cluster| {
+        if cluster < 3830 {
+            Fill::Data
+        } else {
+            Fill::None
+        }
+    };
+    let recipe = Recipe {
+        refcount_order: 6,
+        fill,
+        ..Recipe::plain(9, 3 << 20)
+    };
     for (kind, nth) in [(OpKind::Sync, 1), (OpKind::Sync, 2)] {
         let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
         rig.tolerant = true;

@@ -34,12 +34,17 @@ pub(super) fn sector_bytes(sector: u64, version: u32) -> [u8; 512] {
 
 /// Which version of which sector these bytes are; `None` for a mixture or something else.
 fn parse(bytes: &[u8]) -> Option<(u64, u32)> {
-    let mut words = bytes.chunks_exact(8).map(|chunk| chunk.try_into().map_or(0, u64::from_le_bytes));
+    let mut words = bytes
+        .chunks_exact(8)
+        .map(|chunk| chunk.try_into().map_or(0, u64::from_le_bytes));
     let first = words.next()?;
     if words.any(|word| word != first) {
         return None;
     }
-    Some(((first >> 32).wrapping_sub(1), u32::try_from(first & 0xffff_ffff).ok()?))
+    Some((
+        (first >> 32).wrapping_sub(1),
+        u32::try_from(first & 0xffff_ffff).ok()?,
+    ))
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -72,8 +77,14 @@ pub(super) struct Change {
 
 impl Model {
     pub(super) fn new(values: impl Iterator<Item = u32>) -> Self {
-        let initial =
-            |value| vec![Version { value, start: 0, end: 0, certain: true }];
+        let initial = |value| {
+            vec![Version {
+                value,
+                start: 0,
+                end: 0,
+                certain: true,
+            }]
+        };
         Self {
             sectors: values.map(initial).collect(),
             now: 1,
@@ -100,14 +111,21 @@ impl Model {
 
     pub(super) fn begin(&mut self, sectors: Range<u64>, value: u32, certain: bool) -> Change {
         let start = self.tick();
-        let oldest = self.flushed.min(self.watching.first().copied().unwrap_or(u64::MAX));
+        let oldest = self
+            .flushed
+            .min(self.watching.first().copied().unwrap_or(u64::MAX));
         for sector in sectors.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
             if versions.len() > 8 {
                 let all = versions.clone();
                 versions.retain(|version| !is_superseded(&all, version, oldest));
             }
-            versions.push(Version { value, start, end: u64::MAX, certain });
+            versions.push(Version {
+                value,
+                start,
+                end: u64::MAX,
+                certain,
+            });
         }
         Change { sectors, start }
     }
@@ -116,7 +134,10 @@ impl Model {
         let end = self.tick();
         for sector in change.sectors.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
-            for version in versions.iter_mut().filter(|version| version.start == change.start) {
+            for version in versions
+                .iter_mut()
+                .filter(|version| version.start == change.start)
+            {
                 version.end = end;
                 version.certain &= succeeded;
             }
@@ -168,7 +189,9 @@ impl Model {
 
     /// What bytes that were judged make the model of a disk that starts again from them.
     pub(super) fn restart(bytes: &[u8]) -> Self {
-        let values = bytes.chunks(512).map(|bytes| parse(bytes).map_or(0, |(_, value)| value));
+        let values = bytes
+            .chunks(512)
+            .map(|bytes| parse(bytes).map_or(0, |(_, value)| value));
         let mut model = Self::new(values.collect::<Vec<_>>().into_iter());
         // Not to be mistaken for a version of before.
         model.next = 1 << 24;
@@ -177,7 +200,9 @@ impl Model {
 }
 
 fn is_superseded(versions: &[Version], version: &Version, since: u64) -> bool {
-    versions.iter().any(|later| later.certain && version.end < later.start && later.end < since)
+    versions
+        .iter()
+        .any(|later| later.certain && version.end < later.start && later.end < since)
 }
 
 /// Every kind of image, small enough for many of them.
@@ -197,23 +222,102 @@ pub(super) fn kinds() -> Vec<(&'static str, Recipe)> {
     let plain = Recipe::plain;
     vec![
         ("512-byte clusters", plain(9, 192 << 10)),
-        ("1-bit refcounts", Recipe { refcount_order: 0, ..plain(9, 128 << 10) }),
-        ("2-bit refcounts", Recipe { refcount_order: 1, ..plain(10, 128 << 10) }),
-        ("4-bit refcounts", Recipe { refcount_order: 2, ..plain(11, 128 << 10) }),
-        ("8-bit refcounts", Recipe { refcount_order: 3, ..plain(9, 128 << 10) }),
-        ("32-bit refcounts", Recipe { refcount_order: 5, ..plain(9, 192 << 10) }),
-        ("64-bit refcounts", Recipe { refcount_order: 6, ..plain(9, 192 << 10) }),
-        ("4 KiB clusters", Recipe { fill: mixed, ..plain(12, 512 << 10) }),
-        ("64 KiB clusters", Recipe { fill: mixed, ..plain(16, 1 << 20) }),
+        (
+            "1-bit refcounts",
+            Recipe {
+                refcount_order: 0,
+                ..plain(9, 128 << 10)
+            },
+        ),
+        (
+            "2-bit refcounts",
+            Recipe {
+                refcount_order: 1,
+                ..plain(10, 128 << 10)
+            },
+        ),
+        (
+            "4-bit refcounts",
+            Recipe {
+                refcount_order: 2,
+                ..plain(11, 128 << 10)
+            },
+        ),
+        (
+            "8-bit refcounts",
+            Recipe {
+                refcount_order: 3,
+                ..plain(9, 128 << 10)
+            },
+        ),
+        (
+            "32-bit refcounts",
+            Recipe {
+                refcount_order: 5,
+                ..plain(9, 192 << 10)
+            },
+        ),
+        (
+            "64-bit refcounts",
+            Recipe {
+                refcount_order: 6,
+                ..plain(9, 192 << 10)
+            },
+        ),
+        (
+            "4 KiB clusters",
+            Recipe {
+                fill: mixed,
+                ..plain(12, 512 << 10)
+            },
+        ),
+        (
+            "64 KiB clusters",
+            Recipe {
+                fill: mixed,
+                ..plain(16, 1 << 20)
+            },
+        ),
         ("2 MiB clusters", plain(21, 4 << 20)),
-        ("unaligned size", Recipe { fill: mixed, ..plain(12, (256 << 10) + 1536) }),
-        ("version 2", Recipe { version: 2, fill: version_2, ..plain(12, 256 << 10) }),
+        (
+            "unaligned size",
+            Recipe {
+                fill: mixed,
+                ..plain(12, (256 << 10) + 1536)
+            },
+        ),
+        (
+            "version 2",
+            Recipe {
+                version: 2,
+                fill: version_2,
+                ..plain(12, 256 << 10)
+            },
+        ),
         (
             "version 2 with a backing file",
-            Recipe { version: 2, backing: Some(100 << 10), ..plain(12, 192 << 10) },
+            Recipe {
+                version: 2,
+                backing: Some(100 << 10),
+                ..plain(12, 192 << 10)
+            },
         ),
-        ("backing file", Recipe { fill: mixed, backing: Some(150 << 9), ..plain(11, 192 << 10) }),
-        ("snapshot", Recipe { fill: mixed, snapshot: true, ..plain(10, 128 << 10) }),
+        (
+            "backing file",
+            Recipe {
+                fill: mixed,
+                backing: Some(150 << 9),
+                ..plain(11, 192 << 10)
+            },
+        ),
+        (
+            "snapshot",
+            Recipe {
+                fill: mixed,
+                snapshot: true,
+                ..plain(10, 128 << 10)
+            },
+        ),
         (
             "snapshot, backing file, no holes",
             Recipe {
@@ -224,19 +328,42 @@ pub(super) fn kinds() -> Vec<(&'static str, Recipe)> {
                 ..plain(9, 128 << 10)
             },
         ),
-        ("version 2 snapshot", Recipe {
-            version: 2,
-            fill: version_2,
-            snapshot: true,
-            ..plain(10, 128 << 10)
-        }),
-        ("device", Recipe { fill: mixed, device: Some(400), can_punch: false, ..plain(11, 256 << 10) }),
-        ("autoclear", Recipe { autoclear: 1 << 40, ..plain(12, 128 << 10) }),
+        (
+            "version 2 snapshot",
+            Recipe {
+                version: 2,
+                fill: version_2,
+                snapshot: true,
+                ..plain(10, 128 << 10)
+            },
+        ),
+        (
+            "device",
+            Recipe {
+                fill: mixed,
+                device: Some(400),
+                can_punch: false,
+                ..plain(11, 256 << 10)
+            },
+        ),
+        (
+            "autoclear",
+            Recipe {
+                autoclear: 1 << 40,
+                ..plain(12, 128 << 10)
+            },
+        ),
         (
             "refcount table grows",
             Recipe {
                 refcount_order: 6,
-                fill: |cluster| if cluster < 3800 { Fill::Data } else { Fill::None },
+                fill: |cluster| {
+                    if cluster < 3800 {
+                        Fill::Data
+                    } else {
+                        Fill::None
+                    }
+                },
                 ..plain(9, 3 << 20)
             },
         ),
@@ -285,17 +412,43 @@ fn the_model_knows_wrong_content() {
     let value = model.new_value();
     let change = model.begin(0..1, value, true);
     let since = model.watch();
-    assert!(model.judge(0, &sector_bytes(0, INITIAL), since).is_ok(), "in flight: old");
-    assert!(model.judge(0, &sector_bytes(0, value), since).is_ok(), "in flight: new");
-    assert!(model.judge(1, &sector_bytes(1, value), since).is_err(), "never written");
-    assert!(model.judge(1, &sector_bytes(0, INITIAL), since).is_err(), "another sector's");
+    assert!(
+        model.judge(0, &sector_bytes(0, INITIAL), since).is_ok(),
+        "in flight: old"
+    );
+    assert!(
+        model.judge(0, &sector_bytes(0, value), since).is_ok(),
+        "in flight: new"
+    );
+    assert!(
+        model.judge(1, &sector_bytes(1, value), since).is_err(),
+        "never written"
+    );
+    assert!(
+        model.judge(1, &sector_bytes(0, INITIAL), since).is_err(),
+        "another sector's"
+    );
     model.end(&change, true);
-    assert!(model.judge(0, &sector_bytes(0, INITIAL), since).is_ok(), "began before the end");
+    assert!(
+        model.judge(0, &sector_bytes(0, INITIAL), since).is_ok(),
+        "began before the end"
+    );
     let later = model.watch();
-    assert!(model.judge(0, &sector_bytes(0, INITIAL), later).is_err(), "lost");
-    assert!(model.judge(0, &sector_bytes(0, INITIAL), model.flush_floor()).is_ok(), "not flushed");
+    assert!(
+        model.judge(0, &sector_bytes(0, INITIAL), later).is_err(),
+        "lost"
+    );
+    assert!(
+        model
+            .judge(0, &sector_bytes(0, INITIAL), model.flush_floor())
+            .is_ok(),
+        "not flushed"
+    );
     let mut torn = sector_bytes(0, value);
     torn[500] ^= 1;
-    assert!(model.judge(0, &torn, since).is_err(), "torn within a sector");
+    assert!(
+        model.judge(0, &torn, since).is_err(),
+        "torn within a sector"
+    );
     assert_ne!(seed(), 0);
 }

@@ -8,7 +8,7 @@ use crate::engine::{Image, LayerFormat, LayerSpec, OpenOptions};
 use crate::storage::{
     AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on,
 };
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, to_usize};
 
 fn qemu_img(arguments: &[&str]) -> String {
     let output = Command::new("qemu-img").args(arguments).output().expect("qemu-img runs");
@@ -36,13 +36,13 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
         let start = random.u64(0..sectors);
         let count = (1 << random.u64(0..9)).min(sectors - start);
         let (offset, len) = (start * 512, count * 512);
-        let range = offset as usize..(offset + len) as usize;
+        let range = to_usize(offset)..to_usize(offset + len);
         let guest = GuestOffset::new(offset);
         let pin = worker.pin();
         match random.u8(0..10) {
             0..=4 => {
                 let fill = random.u8(1..);
-                let bytes: Vec<u8> = (0..len).map(|n| fill.wrapping_add((n / 512) as u8)).collect();
+                let bytes: Vec<u8> = (0..len).map(|n| fill.wrapping_add((n / 512).to_le_bytes()[0])).collect();
                 model[range].copy_from_slice(&bytes);
                 let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
                 block_on(worker.write(pin, guest, sg)).expect("write");
@@ -54,7 +54,7 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
             }
             7 => {
                 block_on(worker.discard(pin, guest, len)).expect("discard");
-                let sg = SgList::from_buf(AlignedBuf::zeroed(len as usize));
+                let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
                 block_on(worker.read(worker.pin(), guest, sg.slice(0, len))).expect("read");
                 let now = sg.to_vec();
                 for (old, new) in model[range].chunks_mut(512).zip(now.chunks(512)) {
@@ -64,7 +64,7 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
             }
             8 => block_on(worker.flush()).expect("flush"),
             _ => {
-                let sg = SgList::from_buf(AlignedBuf::zeroed(len as usize));
+                let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
                 block_on(worker.read(pin, guest, sg.slice(0, len))).expect("read");
                 assert!(sg.to_vec() == model[range], "seed {seed}: {len:#x} at {offset:#x}");
             }

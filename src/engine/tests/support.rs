@@ -14,7 +14,9 @@ use crate::engine::check::{Repair, Report, check};
 use crate::engine::{
     Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat, LayerSpec, OpenOptions, Worker,
 };
-use crate::storage::sim::{Driver, OpKind, Outcome, SimDisk, SimFileOptions, SimStorage, yield_now};
+use crate::storage::sim::{
+    Driver, OpKind, Outcome, SimDisk, SimFileOptions, SimStorage, yield_now,
+};
 use crate::storage::{AlignedBuf, FileId, SgList, Storage, block_on};
 use crate::units::{GuestOffset, to_u64, to_usize};
 
@@ -37,12 +39,19 @@ pub(super) fn violation<T>(text: impl Into<String>) -> Result<T, Violation> {
 
 /// The seed of this run: `SEED` replays one.
 pub(super) fn seed() -> u64 {
-    std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
+    std::env::var("SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(1)
 }
 
 /// `count` seeds, or only the one that `SEED` names.
 pub(super) fn seeds(count: u64) -> std::ops::Range<u64> {
-    if std::env::var_os("SEED").is_some() { seed()..seed() + 1 } else { 1..count + 1 }
+    if std::env::var_os("SEED").is_some() {
+        seed()..seed() + 1
+    } else {
+        1..count + 1
+    }
 }
 
 /// See the module text.
@@ -75,8 +84,8 @@ impl Rig {
         }
         let model = Model::new((0..recipe.sectors()).map(|sector| recipe.value(sector)));
         let snapshot = recipe.snapshot.then(|| {
-            let all = (0..recipe.sectors())
-                .flat_map(|sector| sector_bytes(sector, recipe.value(sector)));
+            let all =
+                (0..recipe.sectors()).flat_map(|sector| sector_bytes(sector, recipe.value(sector)));
             Rc::new(all.collect())
         });
         Self {
@@ -107,13 +116,20 @@ impl Rig {
     }
 
     pub(super) fn open(&mut self, options: &OpenOptions) -> Result<(), Violation> {
-        let mut specs = vec![LayerSpec { file: IMAGE, format: LayerFormat::Qcow2 }];
+        let mut specs = vec![LayerSpec {
+            file: IMAGE,
+            format: LayerFormat::Qcow2,
+        }];
         if self.recipe.backing.is_some() {
-            specs.push(LayerSpec { file: BASE, format: LayerFormat::Raw });
+            specs.push(LayerSpec {
+                file: BASE,
+                format: LayerFormat::Raw,
+            });
         }
         let (storage, options) = (self.disk.storage(), options.clone());
-        let opened =
-            self.driver.block_on(async move { Image::open(&storage, &specs, &options).await });
+        let opened = self
+            .driver
+            .block_on(async move { Image::open(&storage, &specs, &options).await });
         match opened {
             Some(Ok(image)) => {
                 self.image = Some(image);
@@ -143,15 +159,15 @@ impl Rig {
         self.bad.borrow().clone().map_or(Ok(()), Err)
     }
 
-    pub(super) fn is_bad(&self) -> bool {
-        self.bad.borrow().is_some()
-    }
-
     /// Runs all tasks to their end.
     pub(super) fn run(&mut self) -> Result<(), Violation> {
         let outcome = self.driver.run_until_stuck();
         self.verdict()?;
-        if outcome == Outcome::Done { Ok(()) } else { violation(format!("{outcome:?}")) }
+        if outcome == Outcome::Done {
+            Ok(())
+        } else {
+            violation(format!("{outcome:?}"))
+        }
     }
 
     /// Runs one future among the tasks.
@@ -168,7 +184,12 @@ impl Rig {
 
     pub(super) fn check(&self) -> Result<Report, Violation> {
         self.disk.set_immediate(true);
-        let report = block_on(check(&self.disk.storage(), IMAGE, Repair::None, &mut |_| ()));
+        let report = block_on(check(
+            &self.disk.storage(),
+            IMAGE,
+            Repair::None,
+            &mut |_| (),
+        ));
         self.disk.set_immediate(false);
         report.map_err(|error| Violation(format!("check fails: {}", error.chain())))
     }
@@ -230,7 +251,10 @@ impl Rig {
         let after = self.check()?;
         if !after.is_consistent() || after.leaks > before.leaks + past_end {
             let leaks = before.leaks + past_end;
-            return violation(format!("after more work ({leaks} leaks): {:?}", after.problems));
+            return violation(format!(
+                "after more work ({leaks} leaks): {:?}",
+                after.problems
+            ));
         }
         self.judge_trees()
     }
@@ -247,7 +271,9 @@ pub(super) struct Client {
 
 impl Client {
     fn complain(&self, text: impl fmt::Display) {
-        self.bad.borrow_mut().get_or_insert(Violation(text.to_string()));
+        self.bad
+            .borrow_mut()
+            .get_or_insert(Violation(text.to_string()));
     }
 
     pub(super) fn is_bad(&self) -> bool {
@@ -266,10 +292,14 @@ impl Client {
     /// A write, as the device does it: on the fast path where that is ready.
     pub(super) async fn write(&self, first: u64, count: u64) -> Result<(), Error> {
         let value = self.model.borrow_mut().new_value();
-        let bytes: Vec<u8> =
-            (first..first + count).flat_map(|sector| sector_bytes(sector, value)).collect();
+        let bytes: Vec<u8> = (first..first + count)
+            .flat_map(|sector| sector_bytes(sector, value))
+            .collect();
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
-        let change = self.model.borrow_mut().begin(first..first + count, value, true);
+        let change = self
+            .model
+            .borrow_mut()
+            .begin(first..first + count, value, true);
         let (offset, len) = (GuestOffset::new(first * 512), count * 512);
         let mut extents = ExtentList::new();
         let pin = self.worker.pin();
@@ -291,7 +321,11 @@ impl Client {
                     sg.fill_zero(done, len);
                     len
                 }
-                Extent::Data { file, host_offset, len } => {
+                Extent::Data {
+                    file,
+                    host_offset,
+                    len,
+                } => {
                     let part = sg.slice(done, len);
                     let result = if write {
                         storage.write(file, host_offset, part).await
@@ -336,7 +370,10 @@ impl Client {
         let change = self.model.borrow_mut().begin(first..first + count, 0, true);
         let offset = GuestOffset::new(first * 512);
         let pin = self.worker.pin();
-        let result = self.worker.write_zeroes(pin, offset, count * 512, unmap).await;
+        let result = self
+            .worker
+            .write_zeroes(pin, offset, count * 512, unmap)
+            .await;
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("write-zeroes", &result);
         result
@@ -344,9 +381,15 @@ impl Client {
 
     /// A discard may have any effect or none, even of its parts.
     pub(super) async fn discard(&self, first: u64, count: u64) -> Result<(), Error> {
-        let change = self.model.borrow_mut().begin(first..first + count, 0, false);
+        let change = self
+            .model
+            .borrow_mut()
+            .begin(first..first + count, 0, false);
         let offset = GuestOffset::new(first * 512);
-        let result = self.worker.discard(self.worker.pin(), offset, count * 512).await;
+        let result = self
+            .worker
+            .discard(self.worker.pin(), offset, count * 512)
+            .await;
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("discard", &result);
         result
@@ -396,7 +439,11 @@ impl Mix {
 /// Random requests of one queue, one after the other.
 pub(super) async fn chaos(client: Client, mut random: fastrand::Rng, requests: u32, mix: Mix) {
     let all = client.model.borrow().sectors();
-    let area = if mix.area == 0 { all } else { mix.area.min(all) };
+    let area = if mix.area == 0 {
+        all
+    } else {
+        mix.area.min(all)
+    };
     for _ in 0..requests {
         if client.is_bad() {
             return;
@@ -407,13 +454,21 @@ pub(super) async fn chaos(client: Client, mut random: fastrand::Rng, requests: u
         let mut pick = random.u32(0..mix.write + mix.read + mix.zero + mix.discard + mix.flush);
         let mut is = |weight: u32| {
             let chosen = pick < weight;
-            pick = if chosen { u32::MAX } else { pick - weight.min(pick) };
+            pick = if chosen {
+                u32::MAX
+            } else {
+                pick - weight.min(pick)
+            };
             chosen
         };
         // Errors were judged where they came up.
         let _result = if is(mix.write) {
             let result = client.write(first, count).await;
-            if mix.write_through && result.is_ok() { client.flush().await } else { result }
+            if mix.write_through && result.is_ok() {
+                client.flush().await
+            } else {
+                result
+            }
         } else if is(mix.read) {
             client.read(first, count).await
         } else if is(mix.zero) {
@@ -437,7 +492,11 @@ pub(super) struct Counted {
 }
 
 pub(super) fn counted<T>(disk: &SimDisk, run: impl FnOnce() -> T) -> (T, Counted) {
-    let before = (disk.syncs(), disk.writes() + disk.count(OpKind::Zeroes), disk.bytes_written());
+    let before = (
+        disk.syncs(),
+        disk.writes() + disk.count(OpKind::Zeroes),
+        disk.bytes_written(),
+    );
     let result = run();
     let counted = Counted {
         syncs: disk.syncs() - before.0,

@@ -10,9 +10,7 @@ use super::build::{Fill, Recipe};
 use super::model::sector_bytes;
 use crate::engine::check::{Repair, check};
 use crate::engine::{Image, LayerFormat, LayerSpec, OpenOptions};
-use crate::storage::{
-    AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on,
-};
+use crate::storage::{AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on};
 use crate::units::{GuestOffset, to_usize};
 
 const THREADS: u64 = 4;
@@ -20,7 +18,14 @@ const THREADS: u64 = 4;
 const STRIPE: u64 = 4;
 
 fn storage(path: &Path) -> BlockingStorage {
-    let file = HostFile::open(path, OpenMode { write: true, direct: false }).expect("opens");
+    let file = HostFile::open(
+        path,
+        OpenMode {
+            write: true,
+            direct: false,
+        },
+    )
+    .expect("opens");
     BlockingStorage::new(vec![Arc::new(file)])
 }
 
@@ -66,12 +71,24 @@ fn work(image: &Arc<Image>, path: &Path, thread: u64, versions: &mut [u32], requ
 fn threads_that_share_tables_and_clusters_lose_nothing() {
     // Clusters of one stripe (whole clusters are freed and reused) and of two.
     for cluster_bits in [11, 12] {
-        let fill = |cluster| if cluster % 2 == 0 { Fill::Data } else { Fill::None };
-        let recipe = Recipe { fill, ..Recipe::plain(cluster_bits, 1 << 20) };
+        let fill = |cluster| {
+            if cluster % 2 == 0 {
+                Fill::Data
+            } else {
+                Fill::None
+            }
+        };
+        let recipe = Recipe {
+            fill,
+            ..Recipe::plain(cluster_bits, 1 << 20)
+        };
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("t.qcow2");
         std::fs::write(&path, recipe.build()).expect("image");
-        let specs = [LayerSpec { file: FileId(0), format: LayerFormat::Qcow2 }];
+        let specs = [LayerSpec {
+            file: FileId(0),
+            format: LayerFormat::Qcow2,
+        }];
         let options = OpenOptions {
             no_flush: true,
             l2_cache_size: Some(0),
