@@ -14,6 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use log::{debug, error, warn};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
 
 use super::error::RingError;
 use super::guest_buf::GuestMemory;
@@ -37,6 +39,9 @@ pub(super) struct ServedRing {
     broken: bool,
     kick: Option<Arc<File>>,
     call: Option<Arc<File>>,
+    /// A write to `call` would wait while its counter is full. The mode belongs to the front-end as
+    /// much as to us, so it is not ours to change.
+    call_may_block: bool,
     /// Requests taken and not yet given back.
     in_flight: u32,
 }
@@ -58,6 +63,7 @@ impl ServedRing {
             kicks_wanted: true,
             broken: false,
             kick: setup.kick,
+            call_may_block: setup.call.as_deref().is_some_and(may_block),
             call: setup.call,
             in_flight: 0,
         })
@@ -89,6 +95,7 @@ impl ServedRing {
     }
 
     pub(super) fn set_call(&mut self, call: Option<Arc<File>>) {
+        self.call_may_block = call.as_deref().is_some_and(may_block);
         self.call = call;
         // What the old descriptor was told, the new one was not.
         self.signalled = None;
@@ -212,7 +219,9 @@ impl ServedRing {
         };
         if wanted && let Some(call) = &self.call {
             // An eventfd: only a full counter can refuse, and then the driver has been called.
-            if let Err(error) = call.as_ref().write(&1_u64.to_ne_bytes()) {
+            if self.call_may_block && !is_writable(call) {
+                debug!("vring {}: the driver takes no calls", self.queue_index);
+            } else if let Err(error) = call.as_ref().write(&1_u64.to_ne_bytes()) {
                 warn!(
                     "vring {}: cannot call the driver: {error}",
                     self.queue_index
@@ -233,6 +242,18 @@ impl ServedRing {
         }
         self.kicks_wanted = true;
     }
+}
+
+fn may_block(call: &File) -> bool {
+    // A descriptor that cannot tell is looked at before each write.
+    rustix::fs::fcntl_getfl(call).map_or(true, |flags| !flags.contains(OFlags::NONBLOCK))
+}
+
+/// Whether a write would not wait. A worker must not: it has other rings, and other connections.
+fn is_writable(call: &File) -> bool {
+    let mut entry = [PollFd::new(call, PollFlags::OUT)];
+    let ready = rustix::event::poll(&mut entry, Some(&Timespec::default()));
+    ready.is_ok_and(|count| count > 0)
 }
 
 /// Orders stores to ring memory before loads from it (and the other way round on the driver's side).
