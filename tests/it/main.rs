@@ -13,6 +13,8 @@ mod kit;
 #[cfg(test)]
 mod chaos;
 #[cfg(test)]
+mod cli;
+#[cfg(test)]
 mod control;
 #[cfg(test)]
 mod crash;

@@ -1,0 +1,387 @@
+//! The command line from outside: help, exit codes, locks, and every mode that can be asked for.
+//!
+//! The rules of single options are tested beside `config`; the tools' work on images in `referee`.
+
+use crate::support::command::{Finished, LIMIT, run, run_command};
+use crate::support::driver::{Driver, IN, OK, OUT, WRITE};
+use crate::support::qemu::{self, CHECK_CLEAN};
+use crate::support::server::Server;
+use crate::support::{QBLKD, have_tools};
+use serde_json::{Value, json};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+const DISK_BYTES: u64 = 16 << 20;
+
+fn qblkd(words: &[&str]) -> Finished {
+    run(QBLKD, words).unwrap()
+}
+
+/// An image below the target folder: unlike a tmpfs, it surely knows O_DIRECT and locks.
+fn image() -> (TempDir, PathBuf) {
+    let dir = TempDir::with_prefix_in("qblkd-", env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = dir.path().join("disk.qcow2");
+    let size = DISK_BYTES.to_string();
+    let words = [OsStr::new("create"), file.as_os_str(), OsStr::new(&size)];
+    run(QBLKD, words).unwrap().success().unwrap();
+    (dir, file)
+}
+
+fn arguments(file: &Path, more: &[&str]) -> Vec<OsString> {
+    let mut arguments = vec!["--blk-file".into(), file.into()];
+    arguments.extend(more.iter().map(OsString::from));
+    arguments
+}
+
+/// What a server says that does not start.
+fn refusal(arguments: Vec<OsString>) -> String {
+    let dir = TempDir::with_prefix("qblkd-").unwrap();
+    let socket = dir.path().join("refused.sock");
+    let mut command = Command::new(QBLKD);
+    command.arg("--socket-path").arg(&socket).args(arguments);
+    let refused = run_command(&mut command, LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    assert!(!socket.exists(), "left a socket behind");
+    // One line: the reason, not a story.
+    assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
+    refused.stderr
+}
+
+// --- Help ---
+
+#[test]
+fn help_names_every_tool_and_leaves_with_success() {
+    let help = qblkd(&["--help"]);
+    assert_eq!(help.code().unwrap(), 0);
+    assert!(help.stderr.is_empty(), "{}", help.stderr);
+    let missing: Vec<_> = [
+        "serve",
+        "create",
+        "info",
+        "check",
+        "--socket-path",
+        "Exit status",
+    ]
+    .into_iter()
+    .filter(|word| !help.stdout.contains(word))
+    .collect();
+    assert!(missing.is_empty(), "{missing:?} not in {}", help.stdout);
+}
+
+#[test]
+fn help_of_the_server_names_every_option() {
+    let help = qblkd(&["serve", "--help"]).success().unwrap().stdout;
+    let options = [
+        "socket-path",
+        "fd",
+        "socket-group",
+        "socket-mode",
+        "print-capabilities",
+        "blk-file",
+        "read-only",
+        "format",
+        "cache",
+        "discard",
+        "locking",
+        "backing-dir",
+        "l2-cache-size",
+        "l2-cache-entry-size",
+        "refcount-cache-size",
+        "block-size",
+        "serial",
+        "id",
+        "num-queues",
+        "queue-size",
+        "threads",
+        "poll-us",
+        "control",
+        "log",
+    ];
+    let missing: Vec<_> = options
+        .into_iter()
+        .filter(|option| !help.contains(&format!("--{option}")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?} not in {help}");
+}
+
+#[test]
+fn help_of_each_tool_leaves_with_success() {
+    for tool in ["create", "info", "check"] {
+        let help = qblkd(&[tool, "--help"]).success().unwrap().stdout;
+        assert!(help.contains("Usage"), "{tool}: {help}");
+    }
+}
+
+#[test]
+fn the_version_is_that_of_the_crate() {
+    let version = qblkd(&["--version"]).success().unwrap().stdout;
+    assert_eq!(version.trim(), concat!("qblkd ", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn capabilities_are_those_of_the_manifest() {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/50-qemu-qblkd.json");
+    let manifest: Value = serde_json::from_slice(&fs::read(manifest).unwrap()).unwrap();
+    let printed = qblkd(&["--print-capabilities"]).success().unwrap().stdout;
+    let printed: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(printed["type"], "block");
+    let shared = json!({"type": manifest["type"], "features": manifest["features"]});
+    assert_eq!(printed, shared);
+}
+
+#[test]
+fn a_help_that_nobody_reads_is_no_panic() {
+    let mut command = Command::new(QBLKD);
+    // Every write to it fails.
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let mut child = command
+        .arg("--print-capabilities")
+        .stdout(Stdio::from(full))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
+// --- Refusals ---
+
+#[test]
+fn usage_errors_leave_with_1_and_say_what_is_wrong() {
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "no socket given"),
+        (&["--socket-path", "s"], "--blk-file"),
+        (&["--no-such-option"], "--no-such-option"),
+        (
+            &[
+                "--socket-path",
+                "s",
+                "--blk-file",
+                "f",
+                "--num-queues",
+                "65",
+            ],
+            "--num-queues",
+        ),
+        (
+            &[
+                "--socket-path",
+                "s",
+                "--blk-file",
+                "f",
+                "--cache",
+                "sometimes",
+            ],
+            "sometimes",
+        ),
+        (
+            &["--socket-path", "s", "--fd", "3", "--blk-file", "f"],
+            "--fd",
+        ),
+        (&["create"], "FILE"),
+        (&["check", "--repair", "some", "f"], "some"),
+    ];
+    for (words, expected) in cases {
+        let refused = qblkd(words);
+        assert_eq!(refused.code().unwrap(), 1, "{words:?}: {refused:?}");
+        assert!(refused.stderr.contains(expected), "{words:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let missing = Path::new("/nonexistent/disk.qcow2");
+    let said = refusal(arguments(missing, &[]));
+    assert!(said.contains("/nonexistent/disk.qcow2"), "{said}");
+    assert!(said.contains("No such file"), "{said}");
+}
+
+#[test]
+fn files_that_cannot_be_images_are_refused() {
+    let dir = TempDir::with_prefix("qblkd-").unwrap();
+    let folder = refusal(arguments(dir.path(), &[]));
+    assert!(folder.contains("directory"), "{folder}");
+    let device = refusal(arguments(Path::new("/dev/null"), &["--format", "raw"]));
+    assert!(device.contains("/dev/null"), "{device}");
+}
+
+#[test]
+fn a_descriptor_that_is_no_socket_is_refused() {
+    let (_dir, file) = image();
+    let mut command = Command::new(QBLKD);
+    command.args(["--fd", "0"]).args(arguments(&file, &[]));
+    // Standard input is /dev/null.
+    let refused = run_command(&mut command, LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    assert!(refused.stderr.contains("--fd 0"), "{refused:?}");
+}
+
+// --- Locks ---
+
+/// Plain words, for who does not know of byte ranges.
+fn says_in_use(text: &str) {
+    let text_lower = text.to_lowercase();
+    let words = ["in use", "used by", "another process", "lock"];
+    assert!(words.iter().any(|word| text_lower.contains(word)), "{text}");
+}
+
+#[test]
+fn a_second_server_is_refused_while_the_first_writes() {
+    let (_dir, file) = image();
+    let server = Server::start(arguments(&file, &[])).unwrap();
+    says_in_use(&refusal(arguments(&file, &[])));
+    says_in_use(&refusal(arguments(&file, &["--read-only"])));
+    assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+}
+
+#[test]
+fn our_tools_leave_a_served_image_alone() {
+    let (_dir, file) = image();
+    let server = Server::start(arguments(&file, &[])).unwrap();
+    let before = fs::read(&file).unwrap();
+    for words in [&["check"][..], &["check", "--repair", "all"], &["create"]] {
+        let mut command = Command::new(QBLKD);
+        command.args(words).arg(&file);
+        if words == ["create"] {
+            command.arg("1G");
+        }
+        let refused = run_command(&mut command, LIMIT).unwrap();
+        assert_eq!(refused.code().unwrap(), 1, "{words:?}: {refused:?}");
+        says_in_use(&refused.stderr);
+    }
+    assert!(fs::read(&file).unwrap() == before, "the image has changed");
+    assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+}
+
+#[test]
+fn readers_share_an_image() {
+    let (_dir, file) = image();
+    let first = Server::start(arguments(&file, &["--read-only"])).unwrap();
+    let second = Server::start(arguments(&file, &["--read-only"])).unwrap();
+    says_in_use(&refusal(arguments(&file, &[])));
+    for server in [first, second] {
+        let mut driver = Driver::connect(&server.socket).unwrap();
+        assert_eq!(driver.request(IN, 0, 4096, WRITE).unwrap(), OK);
+    }
+}
+
+#[test]
+fn qemu_is_kept_from_a_served_image_and_gets_it_back() {
+    if !have_tools(
+        "qemu_is_kept_from_a_served_image_and_gets_it_back",
+        &["qemu-img", "qemu-io"],
+    ) {
+        return;
+    }
+    let (_dir, file) = image();
+    let server = Server::start(arguments(&file, &[])).unwrap();
+    let write = ["-f", "qcow2", "-c", "write 0 64k"].map(OsStr::new);
+    let write: Vec<&OsStr> = write.into_iter().chain([file.as_os_str()]).collect();
+    let check = [OsStr::new("check"), file.as_os_str()];
+    let refused = [
+        run("qemu-io", &write).unwrap(),
+        run("qemu-img", check).unwrap(),
+    ];
+    let locked = refused.map(|tool| tool.stderr.contains("lock"));
+    assert_eq!(locked, [true, true]);
+    assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+    run("qemu-io", &write).unwrap().success().unwrap();
+    qemu::expect_check(&file, &[CHECK_CLEAN]).unwrap();
+}
+
+#[test]
+fn an_image_that_qemu_writes_is_refused() {
+    if !have_tools("an_image_that_qemu_writes_is_refused", &["qemu-io"]) {
+        return;
+    }
+    let (_dir, file) = image();
+    // Waits on its standard input with the image open.
+    let mut qemu = Command::new("qemu-io");
+    qemu.args(["-f", "qcow2"]).arg(&file).stdin(Stdio::piped());
+    let mut qemu = qemu.stdout(Stdio::null()).spawn().unwrap();
+    let mut opened = Command::new("qemu-img");
+    opened.args(["check", "-q"]).arg(&file);
+    let is_held = (0..500).any(|_| {
+        let checked = run_command(&mut opened, LIMIT).unwrap();
+        checked.code().unwrap() == 1
+    });
+    let said = refusal(arguments(&file, &[]));
+    qemu.kill().unwrap();
+    qemu.wait().unwrap();
+    assert!(is_held, "qemu-io never opened the image");
+    says_in_use(&said);
+}
+
+#[test]
+fn locking_off_asks_nobody() {
+    let (_dir, file) = image();
+    let server = Server::start(arguments(&file, &["--read-only"])).unwrap();
+    let other = Server::start(arguments(&file, &["--read-only", "--locking", "off"])).unwrap();
+    let on = Server::start(arguments(&file, &["--read-only", "--locking", "on"])).unwrap();
+    for server in [other, on, server] {
+        assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+    }
+}
+
+#[test]
+fn a_backing_file_is_locked_against_writers_only() {
+    let (dir, base) = image();
+    let overlay = dir.path().join("overlay.qcow2");
+    let mut create = Command::new(QBLKD);
+    create.args([
+        "create",
+        "--backing-file",
+        "disk.qcow2",
+        "--backing-format",
+        "qcow2",
+    ]);
+    run_command(create.arg(&overlay), LIMIT)
+        .unwrap()
+        .success()
+        .unwrap();
+    let server = Server::start(arguments(&overlay, &[])).unwrap();
+    says_in_use(&refusal(arguments(&base, &[])));
+    let reader = Server::start(arguments(&base, &["--read-only"])).unwrap();
+    for server in [reader, server] {
+        assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+    }
+}
+
+// --- Modes ---
+
+#[test]
+fn every_cache_mode_serves_a_file_on_a_disk() {
+    for mode in ["none", "writeback", "writethrough", "directsync", "unsafe"] {
+        let (_dir, file) = image();
+        let server = Server::start(arguments(&file, &["--cache", mode])).unwrap();
+        let mut driver = Driver::connect(&server.socket).unwrap();
+        // Neither aligned nor a whole block of the host: bounce buffers, where O_DIRECT needs them.
+        assert_eq!(driver.request(OUT, 3, 1536, 0).unwrap(), OK, "{mode}");
+        assert_eq!(driver.request(IN, 2, 2560, WRITE).unwrap(), OK, "{mode}");
+        drop(driver);
+        assert_eq!(server.terminate().unwrap().code().unwrap(), 0, "{mode}");
+        let checked = run(QBLKD, [OsStr::new("check"), file.as_os_str()]).unwrap();
+        assert_eq!(checked.code().unwrap(), 0, "{mode}: {checked:?}");
+    }
+}
+
+#[test]
+fn the_word_serve_may_be_said() {
+    let (dir, file) = image();
+    let socket = dir.path().join("s");
+    let mut command = vec![
+        OsString::from("serve"),
+        "--socket-path".into(),
+        socket.into(),
+    ];
+    command.extend(arguments(&file, &["--num-queues", "65"]));
+    let refused = run(QBLKD, command).unwrap();
+    // Understood as the server's option, out of its range.
+    assert_eq!(refused.code().unwrap(), 1);
+    assert!(refused.stderr.contains("1 to 64"), "{refused:?}");
+}
