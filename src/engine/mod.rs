@@ -8,7 +8,7 @@
 //!
 //! Lock order (outer first): L1 lock, slice locks (ascending host offset), taken shard, lists of
 //! modified and dropped things. Allocator state, then protected ranges. No lock is held across an
-//! await, except the header owner's asynchronous one.
+//! await, except the header owner's asynchronous ones.
 
 #![forbid(unsafe_code)]
 

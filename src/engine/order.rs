@@ -307,6 +307,9 @@ impl<S: Storage> Worker<S> {
         if self.image.no_flush {
             return Ok(());
         }
+        if let Some(active) = &self.image.active {
+            return active.header.sync_data(&self.storage).await;
+        }
         self.storage
             .sync_data(layer.file)
             .await

@@ -246,9 +246,7 @@ impl Allocator {
         storage.write(self.file, table_offset, sg).await.map_err(fault)?;
         // A failed sync may have lost what guests were told is written.
         if keeps!(TableBeforeHeader) {
-            storage.sync_data(self.file).await.map_err(|error| {
-                Error::failed("cannot make a longer refcount table durable", error)
-            })?;
+            self.header.sync_data(storage).await?;
         }
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
