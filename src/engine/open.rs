@@ -93,6 +93,8 @@ struct Parsed {
     refcount_table: Vec<u64>,
     protected: Protected,
     file_len: u64,
+    /// Growth begins here or later: the end of the file, or of dangling entries past it.
+    managed_end: u64,
 }
 
 impl Image {
@@ -124,16 +126,28 @@ impl Image {
                     (len, LayerKind::Raw, None)
                 }
                 LayerFormat::Qcow2 => {
-                    if !read_only {
-                        repair_if_dirty(storage, spec.file).await?;
-                    }
-                    let parsed = parse(storage, spec.file, read_only).await.map_err(|error| {
+                    let dangling_end = if read_only {
+                        0
+                    } else {
+                        repair_if_dirty(storage, spec.file).await?
+                    };
+                    let parsed = parse(storage, spec.file, read_only).await;
+                    let mut parsed = parsed.map_err(|error| {
                         if index == 0 {
                             error
                         } else {
                             error.context(format!("layer {index} of the backing chain"))
                         }
                     })?;
+                    // Entries past the end of the file that a repair had to leave: nothing may ever
+                    // be allocated where they point, and what is there is not data.
+                    let geometry = parsed.header.geometry();
+                    let dangling = geometry.clusters_for(parsed.file_len)
+                        ..geometry.clusters_for(dangling_end);
+                    if !dangling.is_empty() {
+                        parsed.protected.add(dangling);
+                        parsed.managed_end = dangling_end;
+                    }
                     // Like QEMU: a partial last sector is not part of the disk.
                     let size = align_down(parsed.header.size, SECTOR_SIZE);
                     let (mapping, parts) = mapping(parsed, options);
@@ -204,14 +218,22 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
 }
 
 /// An image that was not closed in order: its refcounts and copied flags are not to be trusted.
-async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<(), Error> {
+/// Returns where the entries end that point past the end of the file; 0 if there are none.
+async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {
     if !read_header(storage, file).await?.is_dirty() {
-        return Ok(());
+        return Ok(0);
     }
     log::info!("the image was not closed in order: repairing it before it is served");
     let report = check::repair_dirty(storage, file).await?;
-    log::info!("the image is repaired: {report:?}");
-    Ok(())
+    log::info!(
+        "the image is repaired: {} errors and {} leaked clusters",
+        report.corruptions_fixed,
+        report.leaks_fixed
+    );
+    if report.dangling > 0 {
+        log::warn!("{} entries point past the end of the file: lost data", report.dangling);
+    }
+    Ok(report.dangling_end)
 }
 
 async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result<Parsed, Error> {
@@ -271,7 +293,7 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
         places.push(("refcount block", cluster..cluster + 1));
     }
     let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
-    Ok(Parsed { header, l1, refcount_table, protected, file_len })
+    Ok(Parsed { header, l1, refcount_table, protected, file_len, managed_end: file_len })
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
@@ -361,7 +383,7 @@ fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
         protected: Arc::new(Mutex::new(parsed.protected)),
         host_end: AtomicU64::new(parsed.file_len),
     };
-    (mapping, (parsed.header, parsed.refcount_table, parsed.file_len))
+    (mapping, (parsed.header, parsed.refcount_table, parsed.managed_end))
 }
 
 #[expect(clippy::too_many_arguments, reason = "each is one part of what open has gathered")]

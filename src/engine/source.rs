@@ -15,9 +15,6 @@ use crate::format::{Extension, FormatError, Geometry, Header};
 use crate::storage::{AlignedBuf, FileId, SgList, Storage};
 use crate::units::{to_u64, to_usize};
 
-/// Longest first cluster.
-const HEADER_BYTES_MAX: u64 = 2 << 20;
-
 /// Bytes that a device writes whole or not at all.
 const SECTOR: usize = 512;
 
@@ -222,10 +219,7 @@ impl<'a, S: Storage> Source<'a, S> {
 
     /// Reads and decodes the header.
     pub(super) async fn header(&self) -> Result<Header, Error> {
-        let bytes = AlignedBuf::zeroed(to_usize(self.len.min(HEADER_BYTES_MAX)));
-        let (result, bytes) = self.read(0, bytes).await;
-        result.map_err(|error| Error::io("cannot read the header", error))?;
-        Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
+        super::open::read_header(self.storage, self.file).await
     }
 
     /// Replaces the changing fields of the header by those of `header`, in one sector, durably.
