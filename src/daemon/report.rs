@@ -33,14 +33,23 @@ pub(super) struct Report<'a> {
 
 impl<'a> Report<'a> {
     pub(super) fn new(config: &'a ServeConfig, chain: &'a Chain, server: &'a Server) -> Self {
-        Self { config, chain, server, quit: false }
+        Self {
+            config,
+            chain,
+            server,
+            quit: false,
+        }
     }
 
     fn node(&self, index: usize, node: &Node, below: Option<&Node>) -> NodeInfo {
         let cache = self.config.image.cache;
         let id = &self.config.disk.id;
         NodeInfo {
-            node_name: if index == 0 { id.clone() } else { format!("{id}-backing{index}") },
+            node_name: if index == 0 {
+                id.clone()
+            } else {
+                format!("{id}-backing{index}")
+            },
             format: match node.layer.format {
                 LayerFormat::Qcow2 => "qcow2",
                 LayerFormat::Raw => "raw",
@@ -96,13 +105,18 @@ impl Handler for Report<'_> {
             .enumerate()
             .map(|(index, node)| self.node(index, node, nodes.get(index + 1)))
             .collect();
-        DeviceInfo { name: self.config.disk.id.clone(), chain }
+        DeviceInfo {
+            name: self.config.disk.id.clone(),
+            chain,
+        }
     }
 
     fn device_stats(&mut self) -> DeviceStats {
         let workers = self.server.stats();
         let sum = |kind: OperationKind| {
-            let of_kind = workers.iter().map(|worker| &worker.operations[kind as usize]);
+            let of_kind = workers
+                .iter()
+                .map(|worker| &worker.operations[kind as usize]);
             operations(of_kind)
         };
         let caches = self.chain.image.cache_stats();
@@ -178,7 +192,9 @@ fn histogram(buckets: &[u64; LATENCY_BUCKETS]) -> LatencyHistogram {
     bins.extend(inner);
     bins.push(above.iter().sum());
     LatencyHistogram {
-        boundaries: (FIRST_BOUNDARY_BIT..=LAST_BOUNDARY_BIT).map(|bit| 1 << bit).collect(),
+        boundaries: (FIRST_BOUNDARY_BIT..=LAST_BOUNDARY_BIT)
+            .map(|bit| 1 << bit)
+            .collect(),
         bins,
     }
 }
@@ -205,7 +221,10 @@ mod tests {
         let buckets = std::array::from_fn(|bucket| bucket as u64 + 1);
         let histogram = histogram(&buckets);
         assert_eq!(histogram.bins.len(), histogram.boundaries.len() + 1);
-        assert_eq!(histogram.bins.iter().sum::<u64>(), buckets.iter().sum::<u64>());
+        assert_eq!(
+            histogram.bins.iter().sum::<u64>(),
+            buckets.iter().sum::<u64>()
+        );
         // [2^10, 2^11) lies between the first two boundaries.
         assert_eq!(histogram.bins[1], buckets[10]);
     }

@@ -71,7 +71,11 @@ impl Active {
                 (touched.start().get(), touched.end().get())
             }
         };
-        self.drop_clusters(Dropped { start, count: last - start + 1, tables: false });
+        self.drop_clusters(Dropped {
+            start,
+            count: last - start + 1,
+            tables: false,
+        });
     }
 
     /// Records dropped clusters; neighbours become one run.

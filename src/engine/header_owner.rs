@@ -27,7 +27,11 @@ pub(crate) struct HeaderOwner {
 
 impl HeaderOwner {
     pub(crate) fn new(file: FileId, header: Header) -> Self {
-        Self { file, header: AsyncMutex::new(header), sync_failed: AsyncMutex::new(false) }
+        Self {
+            file,
+            header: AsyncMutex::new(header),
+            sync_failed: AsyncMutex::new(false),
+        }
     }
 
     /// Changes the header in the file, durably. What the new values rely on must be durable.
@@ -43,7 +47,9 @@ impl HeaderOwner {
         let mut header = self.header.lock().await;
         let mut changed = header.clone();
         change(&mut changed);
-        let (read, buf) = storage.read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR)).await;
+        let (read, buf) = storage
+            .read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR))
+            .await;
         read.map_err(|error| Error::io("cannot read the image header", error))?;
         let mut sector = [0; SECTOR];
         sector.copy_from_slice(&buf[..SECTOR]);
@@ -63,7 +69,10 @@ impl HeaderOwner {
     pub(crate) async fn sync_data<S: Storage>(&self, storage: &S) -> Result<(), Error> {
         let mut failed = self.sync_failed.lock().await;
         if *failed {
-            return Err(Error::new(ErrorKind::Failed, "an earlier fdatasync of the image failed"));
+            return Err(Error::new(
+                ErrorKind::Failed,
+                "an earlier fdatasync of the image failed",
+            ));
         }
         if let Err(error) = storage.sync_data(self.file).await {
             *failed = true;

@@ -133,7 +133,9 @@ impl Image {
     /// not a multiple of 512 has its last partial sector padded with zeroes.
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
-        self.layers.first().map_or(0, |layer| layer.size.next_multiple_of(SECTOR_SIZE))
+        self.layers
+            .first()
+            .map_or(0, |layer| layer.size.next_multiple_of(SECTOR_SIZE))
     }
 
     /// Opened for reading only.
@@ -166,7 +168,10 @@ impl Image {
     /// Cache counters of every worker there has been, in the order of their creation.
     #[must_use]
     pub fn cache_stats(&self) -> Vec<CacheStats> {
-        lock(&self.counters).iter().map(|counters| counters.stats()).collect()
+        lock(&self.counters)
+            .iter()
+            .map(|counters| counters.stats())
+            .collect()
     }
 
     /// Whom to tell about failures. The sink is called on the thread that met the failure.
@@ -185,7 +190,10 @@ impl Image {
 
     #[inline]
     fn contains(&self, offset: GuestOffset, len: u64) -> bool {
-        offset.get().checked_add(len).is_some_and(|end| end <= self.virtual_size())
+        offset
+            .get()
+            .checked_add(len)
+            .is_some_and(|end| end <= self.virtual_size())
     }
 
     /// Checks a range that came from a device.
@@ -207,13 +215,17 @@ impl Image {
 
     #[inline]
     fn is_owned(&self, l1_index: usize, generation: u64) -> bool {
-        self.active.as_ref().is_some_and(|active| active.is_owned(l1_index, generation))
+        self.active
+            .as_ref()
+            .is_some_and(|active| active.is_owned(l1_index, generation))
     }
 
     fn become_ready(&self) {
         let (from, to) = (State::Opened as u8, State::Ready as u8);
         // Lost only to a failure or to another first write.
-        let _ = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self
+            .state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 
     fn cluster_bits(&self) -> u32 {
@@ -225,7 +237,9 @@ impl Image {
         if let (Some(layer), Some(active)) = (self.layers.first(), &self.active)
             && let LayerKind::Qcow2(mapping) = &layer.kind
         {
-            mapping.host_end.fetch_max(active.allocator.end_offset(), Ordering::AcqRel);
+            mapping
+                .host_end
+                .fetch_max(active.allocator.end_offset(), Ordering::AcqRel);
         }
     }
 

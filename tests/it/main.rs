@@ -15,7 +15,11 @@ mod chaos;
 #[cfg(test)]
 mod crash;
 #[cfg(test)]
+<<<<<<< HEAD
 mod docs;
+=======
+mod hostile;
+>>>>>>> integ
 #[cfg(test)]
 mod referee;
 #[cfg(test)]
