@@ -198,7 +198,7 @@ impl Image {
 
     /// Checks a range that came from a device.
     fn check_range(&self, offset: GuestOffset, len: u64) -> Result<(), Error> {
-        if self.contains(offset, len) && (offset.get() | len) % SECTOR_SIZE == 0 {
+        if self.contains(offset, len) && (offset.get() | len).is_multiple_of(SECTOR_SIZE) {
             return Ok(());
         }
         let size = self.virtual_size();

@@ -357,7 +357,7 @@ fn place(
     bytes: u64,
     file_len: u64,
 ) -> Result<(&'static str, Range<u64>), Error> {
-    let end = offset.checked_add(bytes).unwrap_or(u64::MAX);
+    let end = offset.saturating_add(bytes);
     // The file may end within the last cluster of a table, not before its last byte.
     if end > file_len && bytes > 0 {
         return Err(Error::new(

@@ -447,9 +447,9 @@ impl<S: Storage> Worker<S> {
             .iter()
             .map(|copy| (copy.host_offset, &*copy.bytes));
         if keeps!(RefcountBeforeL2) {
-            first.extend(blocks)
+            first.extend(blocks);
         } else {
-            second.extend(blocks)
+            second.extend(blocks);
         }
         let first_name_bytes = name_bytes(&first_names);
         first.extend(

@@ -15,11 +15,9 @@ mod chaos;
 #[cfg(test)]
 mod crash;
 #[cfg(test)]
-<<<<<<< HEAD
 mod docs;
-=======
+#[cfg(test)]
 mod hostile;
->>>>>>> integ
 #[cfg(test)]
 mod referee;
 #[cfg(test)]

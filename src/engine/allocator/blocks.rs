@@ -246,7 +246,7 @@ impl Allocator {
         let cluster_size = self.geometry.cluster_size();
         let fault = if host_offset == 0 {
             "is missing"
-        } else if host_offset % cluster_size != 0 {
+        } else if !host_offset.is_multiple_of(cluster_size) {
             "is not aligned to a cluster"
         } else if host_offset / cluster_size >= end {
             "lies beyond the end of the file"
