@@ -120,7 +120,9 @@ mod tests {
 
     #[test]
     fn both_codecs_decode_a_cluster_followed_by_padding() {
-        let cluster: Vec<u8> = (0..65536_u32).map(|n| u8::try_from(n / 300).expect("small")).collect();
+        let cluster: Vec<u8> = (0..65536_u32)
+            .map(|n| u8::try_from(n / 300).expect("small"))
+            .collect();
         let mut deflate =
             flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
         deflate.write_all(&cluster).expect("memory");

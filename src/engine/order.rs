@@ -334,9 +334,11 @@ impl<S: Storage> Worker<S> {
 
     async fn write_back(&self) -> Result<(), Error> {
         let layer = self.image.layers.first();
-        let (file, mapping, active) = match (layer.map(|l| (l.file, &l.kind)), &self.image.active) {
-            (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
-            _ => return self.sync().await,
+        let (Some((file, LayerKind::Qcow2(mapping))), Some(active)) = (
+            layer.map(|layer| (layer.file, &layer.kind)),
+            &self.image.active,
+        ) else {
+            return self.sync().await;
         };
         // Places that are collected for writing must not become somebody else's meanwhile: the old
         // refcount table is freed when a longer one takes over.
@@ -357,11 +359,7 @@ impl<S: Storage> Worker<S> {
         for body in &collected.bodies {
             body.unpin();
         }
-        let mut l1 = lock(&active.l1);
-        for table in &collected.l1_tables {
-            l1.unnamed_tables.remove(table);
-        }
-        drop(l1);
+        active.name_tables(&collected.l1_tables);
         drop(pin);
         self.release(active, collected.dropped).await
     }

@@ -198,10 +198,9 @@ impl<S: Storage> Worker<S> {
         let mut next = place.index + 1;
         while run < len && next < slice.body.len() {
             let guest = GuestOffset::new(position + run);
-            let cluster = match mapping.cluster(guest, slice.body.entry(next)) {
-                Ok(cluster) => cluster,
-                // Its own turn will tell.
-                Err(_) => break,
+            // A bad entry ends the run; its own turn will tell.
+            let Ok(cluster) = mapping.cluster(guest, slice.body.entry(next)) else {
+                break;
             };
             let follows = match (first, cluster) {
                 (

@@ -96,13 +96,10 @@ impl<S: Storage> Worker<S> {
         let Some(layer) = self.image.layers.first() else {
             return Ok(());
         };
-        let (mapping, active) = match (&layer.kind, &self.image.active) {
-            (LayerKind::Qcow2(mapping), Some(active)) => (mapping, active),
-            _ => {
-                return self
-                    .write_host(layer.file, offset, sg.slice(0, sg.len()))
-                    .await;
-            }
+        let (LayerKind::Qcow2(mapping), Some(active)) = (&layer.kind, &self.image.active) else {
+            return self
+                .write_host(layer.file, offset, sg.slice(0, sg.len()))
+                .await;
         };
         let target = Target {
             layer,

@@ -149,8 +149,8 @@ impl Allocator {
         let entries = self.geometry.refcount_block_entries();
         let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
         let mut bytes = vec![0; len].into_boxed_slice();
-        let own = [new.cluster..new.cluster + 1];
-        for range in own.iter().chain(counted) {
+        let own = new.cluster..new.cluster + 1;
+        for range in std::iter::once(&own).chain(counted) {
             let covered = new.block * entries..(new.block + 1) * entries;
             for cluster in range.start.max(covered.start)..range.end.min(covered.end) {
                 let index = usize::try_from(cluster % entries).unwrap_or(0);
@@ -248,9 +248,10 @@ impl Allocator {
         if end > device_clusters {
             return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
         }
-        let counted = [own.start..end];
+        let counted = own.start..end;
         self.extend_file(storage, end).await?;
-        self.write_blocks(storage, &new_blocks, &counted).await?;
+        self.write_blocks(storage, &new_blocks, std::slice::from_ref(&counted))
+            .await?;
         let table_len = usize::try_from(table_clusters * per_cluster).unwrap_or(usize::MAX);
         table.resize(table_len, 0);
         for new in &new_blocks {
@@ -287,7 +288,7 @@ impl Allocator {
             state.table_offset = table_offset;
             state.table_clusters = clusters_word;
             for new in &new_blocks {
-                let bytes = self.new_block_bytes(*new, &counted);
+                let bytes = self.new_block_bytes(*new, std::slice::from_ref(&counted));
                 state.blocks.insert_named(new.block, bytes);
             }
             lock(&self.protected).add(own.start..end);
