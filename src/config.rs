@@ -911,7 +911,7 @@ mod tests {
             bounds
         );
         assert_eq!(
-            accepted("--block-size", &["256", "512", "2M", "4M"]),
+            accepted("--block-size", &["256", "512", "64k", "128k"]),
             bounds
         );
         assert_eq!(

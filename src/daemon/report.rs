@@ -10,7 +10,7 @@ use crate::control::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
-use crate::control::{Event, Handler};
+use crate::control::{Event, Handler, IoErrorAction, IoOperation};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
 use crate::engine::{ImageEvent, LayerFormat};
 use crate::format::header::CompressionType;
@@ -201,14 +201,37 @@ fn histogram(buckets: &[u64; LATENCY_BUCKETS]) -> LatencyHistogram {
 
 /// An image's event in the words of the control socket.
 pub(super) fn event(device: &str, event: ImageEvent) -> Event {
-    let (ImageEvent::Corrupted { message: msg } | ImageEvent::Failed { message: msg }) = event;
-    Event::BlockImageCorrupted {
+    let io_error = |operation, nospace, reason| Event::BlockIoError {
+        qom_path: String::new(),
         device: device.to_owned(),
         node_name: device.to_owned(),
-        msg,
-        offset: None,
-        size: None,
-        fatal: true,
+        operation,
+        action: IoErrorAction::Report,
+        nospace,
+        reason,
+    };
+    match event {
+        ImageEvent::Corrupted { message: msg } => Event::BlockImageCorrupted {
+            device: device.to_owned(),
+            node_name: device.to_owned(),
+            msg,
+            offset: None,
+            size: None,
+            fatal: true,
+        },
+        ImageEvent::Failed { message } => io_error(IoOperation::Write, false, message),
+        ImageEvent::RequestFailed {
+            write,
+            no_space,
+            message,
+        } => {
+            let operation = if write {
+                IoOperation::Write
+            } else {
+                IoOperation::Read
+            };
+            io_error(operation, no_space, message)
+        }
     }
 }
 

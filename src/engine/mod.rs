@@ -97,6 +97,15 @@ pub enum ImageEvent {
         /// What failed.
         message: String,
     },
+    /// A request failed on the host; the guest was told.
+    RequestFailed {
+        /// It would have changed or flushed the image.
+        write: bool,
+        /// The host had no space.
+        no_space: bool,
+        /// What failed.
+        message: String,
+    },
 }
 
 type EventSink = Box<dyn Fn(ImageEvent) + Send + Sync>;
@@ -249,11 +258,26 @@ impl Image {
         if before == State::Failed as u8 {
             return;
         }
-        let (ImageEvent::Corrupted { message } | ImageEvent::Failed { message }) = &event;
+        let (ImageEvent::Corrupted { message }
+        | ImageEvent::Failed { message }
+        | ImageEvent::RequestFailed { message, .. }) = &event;
         log::error!("{message}; the image takes no more writes until it is opened again");
+        self.tell(event);
+    }
+
+    fn tell(&self, event: ImageEvent) {
         if let Some(sink) = &*lock(&self.event_sink) {
             sink(event);
         }
+    }
+
+    /// Tells that a request failed on the host. For the device, which limits how often.
+    pub fn tell_request_failed(&self, write: bool, error: &Error) {
+        self.tell(ImageEvent::RequestFailed {
+            write,
+            no_space: error.kind() == ErrorKind::NoSpace,
+            message: error.chain(),
+        });
     }
 
     fn failed_error() -> Error {
