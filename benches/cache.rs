@@ -56,7 +56,9 @@ const ENTRIES_MIN: usize = 8;
 const BYTES_MAX: usize = 64 << 20;
 /// Lookups of a pattern before it repeats.
 const PATTERN_MAX: usize = 1 << 21;
-const SIZES: &[usize] = &[16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000];
+const SIZES: &[usize] = &[
+    16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000,
+];
 const SIZES_QUICK: &[usize] = &[16, 1_000, 64_000, 1_000_000];
 /// What the array may be exceeded by.
 const RATIO_MAX: f64 = 1.5;
@@ -69,7 +71,11 @@ fn offset_of(number: usize) -> u64 {
 /// How many entries a slice has when there are `count` slices.
 fn entries_for(count: usize) -> usize {
     let most = BYTES_MAX / 8 / count.max(1);
-    let power = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
+    let power = if most.is_power_of_two() {
+        most
+    } else {
+        most.next_power_of_two() / 2
+    };
     power.clamp(ENTRIES_MIN, ENTRIES_MAX)
 }
 
@@ -92,7 +98,11 @@ fn pattern(slots: usize, len: usize, mixed: bool) -> Vec<Step> {
     let count = (slots * 16).next_power_of_two().clamp(1 << 16, PATTERN_MAX);
     (0..count)
         .map(|_| {
-            let among = if mixed && random.u32(..8) == 0 { all } else { slots };
+            let among = if mixed && random.u32(..8) == 0 {
+                all
+            } else {
+                slots
+            };
             let number = u32::try_from(random.usize(..among)).unwrap_or(0);
             let index = u32::try_from(random.usize(..len)).unwrap_or(0);
             Step { number, index }
@@ -116,7 +126,11 @@ struct Array(Vec<Box<[AtomicU64]>>);
 
 impl Array {
     fn new(slots: usize, len: usize) -> Self {
-        Self((0..slices_in_all(slots)).map(|number| entries(number, len).collect()).collect())
+        Self(
+            (0..slices_in_all(slots))
+                .map(|number| entries(number, len).collect())
+                .collect(),
+        )
     }
 }
 
@@ -136,7 +150,9 @@ struct Flat {
 
 impl Flat {
     fn new(slots: usize, len: usize) -> Self {
-        let entries = (0..slices_in_all(slots)).flat_map(|number| entries(number, len)).collect();
+        let entries = (0..slices_in_all(slots))
+            .flat_map(|number| entries(number, len))
+            .collect();
         Self { entries, len }
     }
 }
@@ -171,7 +187,11 @@ impl Ours {
         for body in &bodies[..slots] {
             directory.install(Arc::clone(body), SLICE_BITS);
         }
-        Self { directory, bodies: Arc::clone(bodies), pins }
+        Self {
+            directory,
+            bodies: Arc::clone(bodies),
+            pins,
+        }
     }
 }
 
@@ -238,10 +258,18 @@ impl Table {
                 place = (place + 1) % slots;
             }
             free_from.insert(first, place);
-            places[place] =
-                Place { offset, table: number * flat.len, used_at: number as u64, users: 0 };
+            places[place] = Place {
+                offset,
+                table: number * flat.len,
+                used_at: number as u64,
+                users: 0,
+            };
         }
-        Self { places, flat: flat.clone(), clock: slots as u64 }
+        Self {
+            places,
+            flat: flat.clone(),
+            clock: slots as u64,
+        }
     }
 
     /// Searches all places once, from `start`, for a match, else for the victim.
@@ -390,7 +418,13 @@ impl Case {
                 run_chained(&mut cache, steps, from, count)
             }
         });
-        Self { name, run, from: 0, count: 16, best: f64::INFINITY }
+        Self {
+            name,
+            run,
+            from: 0,
+            count: 16,
+            best: f64::INFINITY,
+        }
     }
 
     fn round(&mut self, pattern: Pattern, steps: &[Step]) -> Duration {
@@ -431,9 +465,18 @@ impl Size {
     fn new(slots: usize, name: Option<&str>) -> Self {
         let len = entries_for(slots);
         let wants = |names: &[&str]| name.is_none_or(|name| names.contains(&name));
-        let flat = if wants(&["flat", "scan", "probe"]) { slots } else { 0 };
+        let flat = if wants(&["flat", "scan", "probe"]) {
+            slots
+        } else {
+            0
+        };
         let ours = if wants(&["get", "get+put"]) { slots } else { 0 };
-        Self { slots, len, flat: Flat::new(flat, len), bodies: bodies(ours, len) }
+        Self {
+            slots,
+            len,
+            flat: Flat::new(flat, len),
+            bodies: bodies(ours, len),
+        }
     }
 
     fn case(&self, name: &str) -> Option<Case> {
@@ -499,15 +542,29 @@ fn measure_size(
 }
 
 fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) -> io::Result<()> {
-    writeln!(out, "ns per lookup (shortest of {rounds} rounds); x: ratio to the array (median)")?;
+    writeln!(
+        out,
+        "ns per lookup (shortest of {rounds} rounds); x: ratio to the array (median)"
+    )?;
     let mut worst = [0_f64; Pattern::ALL.len()];
     for (kind, worst) in Pattern::ALL.into_iter().zip(&mut worst) {
         writeln!(out, "\npattern {}", kind.name())?;
         writeln!(
             out,
             "{:>9} {:>8} {:>9} {:>8} {:>5} {:>8} {:>5} {:>8} {:>5} {:>12} {:>9} {:>12} {:>9}",
-            "slots", "entries", "array", "flat", "x", "get", "x", "get+put", "x", "scan", "x",
-            "probe", "x"
+            "slots",
+            "entries",
+            "array",
+            "flat",
+            "x",
+            "get",
+            "x",
+            "get+put",
+            "x",
+            "scan",
+            "x",
+            "probe",
+            "x"
         )?;
         for &slots in sizes {
             let size = Size::new(slots, None);
@@ -516,8 +573,16 @@ fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) 
     }
     writeln!(out)?;
     for (kind, worst) in Pattern::ALL.into_iter().zip(worst) {
-        let met = if worst <= RATIO_MAX { "within" } else { "above" };
-        writeln!(out, "get, {}: at most {worst:.2} x the array: {met} {RATIO_MAX}", kind.name())?;
+        let met = if worst <= RATIO_MAX {
+            "within"
+        } else {
+            "above"
+        };
+        writeln!(
+            out,
+            "get, {}: at most {worst:.2} x the array: {met} {RATIO_MAX}",
+            kind.name()
+        )?;
     }
     Ok(())
 }
@@ -525,7 +590,9 @@ fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) 
 /// One case with a given number of lookups, hits in random order.
 fn run_one(name: &str, slots: usize, count: usize) -> Result<(), String> {
     let size = Size::new(slots, Some(name));
-    let mut case = size.case(name).ok_or_else(|| format!("no case '{name}': {NAMES:?}"))?;
+    let mut case = size
+        .case(name)
+        .ok_or_else(|| format!("no case '{name}': {NAMES:?}"))?;
     let steps = pattern(slots, size.len, false);
     case.count = count;
     case.round(Pattern::Chained, &steps);
@@ -558,7 +625,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
     let mut parsed = Args::default();
     let number = |text: Option<String>| {
         let text = text.ok_or("a number is missing")?;
-        text.parse::<usize>().map_err(|error| format!("'{text}': {error}"))
+        text.parse::<usize>()
+            .map_err(|error| format!("'{text}': {error}"))
     };
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -566,8 +634,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--quick" => parsed.quick = true,
             "--sizes" => {
                 let list = args.next().ok_or("--sizes: a list is missing")?;
-                let sizes: Result<Vec<_>, _> =
-                    list.split(',').map(|text| number(Some(text.to_owned()))).collect();
+                let sizes: Result<Vec<_>, _> = list
+                    .split(',')
+                    .map(|text| number(Some(text.to_owned())))
+                    .collect();
                 let sizes = sizes?;
                 if let Some(size) = sizes.iter().find(|size| !(16..=1 << 24).contains(*size)) {
                     return Err(format!("{size} slots: must be 16 to {}", 1 << 24));

@@ -49,8 +49,8 @@ pub const SERIAL_BYTES_MAX: usize = 20;
 /// Length of a QEMU node name, in bytes.
 pub const ID_BYTES_MAX: usize = 31;
 
-/// Smallest and largest logical block, in bytes: those of QEMU's export.
-const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
+/// Smallest and largest logical block, in bytes.
+const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 512..=64 << 10;
 
 /// Smallest and largest qcow2 cluster, in bytes.
 const CLUSTER_BYTES: std::ops::RangeInclusive<u64> = 512..=2 << 20;
@@ -397,7 +397,7 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
 }
 
 fn disk(args: &ServeArgs) -> Result<DiskConfig, ConfigError> {
-    const BLOCK_ALLOWED: &str = "a power of two from 512 to 2M";
+    const BLOCK_ALLOWED: &str = "a power of two from 512 to 64k";
     const QUEUE_SIZE_ALLOWED: &str = "a power of two from 2 to 32768";
     let block_bytes = power_of_two("--block-size", &args.block_size, BLOCK_BYTES, BLOCK_ALLOWED)?;
     let queue_count = number(
@@ -911,7 +911,7 @@ mod tests {
             bounds
         );
         assert_eq!(
-            accepted("--block-size", &["256", "512", "2M", "4M"]),
+            accepted("--block-size", &["256", "512", "64k", "128k"]),
             bounds
         );
         assert_eq!(

@@ -15,14 +15,22 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version come this way too, with success.
             let code = u8::from(error.use_stderr());
-            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
+            return if error.print().is_ok() {
+                ExitCode::from(code)
+            } else {
+                ExitCode::FAILURE
+            };
         }
     };
     match Config::try_from(cli) {
         Ok(Config::Serve(config)) => serve(&config),
         Ok(Config::PrintCapabilities) => {
             let printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
-            if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if printed.is_ok() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Ok(Config::Create(config)) => tools::create(&config).into(),
         Ok(Config::Info(config)) => tools::info(&config).into(),
@@ -32,7 +40,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(config: &ServeConfig) -> ExitCode {
-    env_logger::Builder::new().parse_filters(&config.log_filter).init();
+    env_logger::Builder::new()
+        .parse_filters(&config.log_filter)
+        .init();
     match daemon::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => complain(&error),

@@ -41,7 +41,11 @@ impl Chain {
         };
         let format = config.format.into();
         let layers = open_chain(&config.path, format, &options, &mut |file, read_only| {
-            let kind = if read_only { LockKind::Reader } else { LockKind::Writer };
+            let kind = if read_only {
+                LockKind::Reader
+            } else {
+                LockKind::Writer
+            };
             let lock = ImageLock::take(file, kind, locking, LOCK_PATIENCE).map_err(|error| {
                 engine::Error::new(
                     ErrorKind::Locked,
@@ -54,7 +58,10 @@ impl Chain {
         let specs: Vec<LayerSpec> = layers
             .iter()
             .zip(0..)
-            .map(|(layer, number)| LayerSpec { file: FileId(number), format: layer.format })
+            .map(|(layer, number)| LayerSpec {
+                file: FileId(number),
+                format: layer.format,
+            })
             .collect();
         let options = OpenOptions {
             read_only: config.read_only,
@@ -77,17 +84,27 @@ impl Chain {
             };
             nodes.push(Node { layer, info });
         }
-        Ok(Self { image, nodes, _locks: locks })
+        Ok(Self {
+            image,
+            nodes,
+            _locks: locks,
+        })
     }
 
     /// The files in the order of their ids.
     pub(super) fn files(&self) -> Vec<Arc<HostFile>> {
-        self.nodes.iter().map(|node| Arc::clone(&node.layer.file)).collect()
+        self.nodes
+            .iter()
+            .map(|node| Arc::clone(&node.layer.file))
+            .collect()
     }
 
     /// Bytes of the active image's file now.
     pub(super) fn file_len(&self) -> u64 {
-        self.nodes.first().and_then(|node| node.layer.file.len().ok()).unwrap_or(0)
+        self.nodes
+            .first()
+            .and_then(|node| node.layer.file.len().ok())
+            .unwrap_or(0)
     }
 
     /// The active image has met corruption, or could not write its metadata.

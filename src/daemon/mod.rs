@@ -120,9 +120,9 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
 
     let epoll = epoll::create(true).map_err(system("make an epoll set"))?;
     let mut control = match &config.control {
-        Some(path) => Some(
-            ControlServer::bind(path, epoll, token::CONTROL).map_err(DaemonError::Control)?,
-        ),
+        Some(path) => {
+            Some(ControlServer::bind(path, epoll, token::CONTROL).map_err(DaemonError::Control)?)
+        }
         None => None,
     };
     // The socket appears last: whoever sees it finds everything ready.
@@ -133,7 +133,13 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         warn!("cannot tell the service manager that we are ready: {error}");
     }
 
-    let mut main_loop = MainLoop { epoll, signals, events, event_reader, stopping: false };
+    let mut main_loop = MainLoop {
+        epoll,
+        signals,
+        events,
+        event_reader,
+        stopping: false,
+    };
     let ended = main_loop.run(config, &chain, &server, control.as_mut());
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!("cannot tell the service manager that we stop: {error}");
@@ -153,17 +159,22 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
 
 fn threads(config: &ServeConfig) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    config.thread_count.map_or_else(cores, |count| usize::try_from(count).unwrap_or(1))
+    config
+        .thread_count
+        .map_or_else(cores, |count| usize::try_from(count).unwrap_or(1))
 }
 
 /// SIGTERM and SIGINT as bytes of a socket.
 fn signals() -> Result<UnixStream, DaemonError> {
     let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
-    reader.set_nonblocking(true).map_err(system("set up the signal socket"))?;
+    reader
+        .set_nonblocking(true)
+        .map_err(system("set up the signal socket"))?;
     for signal in [SIGTERM, SIGINT] {
-        let writer = writer.try_clone().map_err(system("set up the signal socket"))?;
-        signal_hook::low_level::pipe::register(signal, writer)
-            .map_err(system("handle signals"))?;
+        let writer = writer
+            .try_clone()
+            .map_err(system("set up the signal socket"))?;
+        signal_hook::low_level::pipe::register(signal, writer).map_err(system("handle signals"))?;
     }
     Ok(reader)
 }
@@ -174,7 +185,8 @@ fn image_events(
 ) -> Result<(mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
     let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
     for end in [&reader, &writer] {
-        end.set_nonblocking(true).map_err(system("set up the event socket"))?;
+        end.set_nonblocking(true)
+            .map_err(system("set up the event socket"))?;
     }
     let (sender, receiver) = mpsc::channel();
     image.set_event_sink(move |event| {
@@ -188,10 +200,12 @@ fn image_events(
 fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
     match endpoint {
         Endpoint::Path { path, group, mode } => {
-            let (listener, socket) = ListeningSocket::bind(path, group.as_deref(), *mode)
-                .map_err(|source| DaemonError::Socket {
-                    path: path.display().to_string(),
-                    source,
+            let (listener, socket) =
+                ListeningSocket::bind(path, group.as_deref(), *mode).map_err(|source| {
+                    DaemonError::Socket {
+                        path: path.display().to_string(),
+                        source,
+                    }
                 })?;
             Ok((FrontEnd::Listener(listener), Some(socket)))
         }
@@ -234,7 +248,12 @@ impl MainLoop {
             let count = match epoll::wait(self.epoll, -1, &mut ready) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(source) => return Err(DaemonError::System { what: "wait", source }),
+                Err(source) => {
+                    return Err(DaemonError::System {
+                        what: "wait",
+                        source,
+                    });
+                }
             };
             for event in &ready[..count] {
                 match event.data {
@@ -244,8 +263,7 @@ impl MainLoop {
                     }
                     token::IMAGE_EVENT => self.on_image_event(config, control.as_deref_mut()),
                     token => {
-                        let Some(control) = control.as_deref_mut().filter(|c| c.owns(token))
-                        else {
+                        let Some(control) = control.as_deref_mut().filter(|c| c.owns(token)) else {
                             continue;
                         };
                         let mut report = Report::new(config, chain, server);
@@ -268,7 +286,12 @@ impl MainLoop {
         let count = match self.signals.read(&mut bytes) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(source) => return Err(DaemonError::System { what: "read signals", source }),
+            Err(source) => {
+                return Err(DaemonError::System {
+                    what: "read signals",
+                    source,
+                });
+            }
         };
         if self.stopping || count > 1 {
             return Err(DaemonError::Interrupted);
@@ -289,7 +312,10 @@ impl MainLoop {
         }
         self.stopping = true;
         if let Some(control) = control {
-            control.emit(&Event::Shutdown { guest: false, reason });
+            control.emit(&Event::Shutdown {
+                guest: false,
+                reason,
+            });
         }
         server.stop();
     }

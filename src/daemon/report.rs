@@ -10,7 +10,7 @@ use crate::control::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
-use crate::control::{Event, Handler};
+use crate::control::{Event, Handler, IoErrorAction, IoOperation};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
 use crate::engine::{ImageEvent, LayerFormat};
 use crate::format::header::CompressionType;
@@ -33,14 +33,23 @@ pub(super) struct Report<'a> {
 
 impl<'a> Report<'a> {
     pub(super) fn new(config: &'a ServeConfig, chain: &'a Chain, server: &'a Server) -> Self {
-        Self { config, chain, server, quit: false }
+        Self {
+            config,
+            chain,
+            server,
+            quit: false,
+        }
     }
 
     fn node(&self, index: usize, node: &Node, below: Option<&Node>) -> NodeInfo {
         let cache = self.config.image.cache;
         let id = &self.config.disk.id;
         NodeInfo {
-            node_name: if index == 0 { id.clone() } else { format!("{id}-backing{index}") },
+            node_name: if index == 0 {
+                id.clone()
+            } else {
+                format!("{id}-backing{index}")
+            },
             format: match node.layer.format {
                 LayerFormat::Qcow2 => "qcow2",
                 LayerFormat::Raw => "raw",
@@ -96,13 +105,18 @@ impl Handler for Report<'_> {
             .enumerate()
             .map(|(index, node)| self.node(index, node, nodes.get(index + 1)))
             .collect();
-        DeviceInfo { name: self.config.disk.id.clone(), chain }
+        DeviceInfo {
+            name: self.config.disk.id.clone(),
+            chain,
+        }
     }
 
     fn device_stats(&mut self) -> DeviceStats {
         let workers = self.server.stats();
         let sum = |kind: OperationKind| {
-            let of_kind = workers.iter().map(|worker| &worker.operations[kind as usize]);
+            let of_kind = workers
+                .iter()
+                .map(|worker| &worker.operations[kind as usize]);
             operations(of_kind)
         };
         let caches = self.chain.image.cache_stats();
@@ -178,21 +192,46 @@ fn histogram(buckets: &[u64; LATENCY_BUCKETS]) -> LatencyHistogram {
     bins.extend(inner);
     bins.push(above.iter().sum());
     LatencyHistogram {
-        boundaries: (FIRST_BOUNDARY_BIT..=LAST_BOUNDARY_BIT).map(|bit| 1 << bit).collect(),
+        boundaries: (FIRST_BOUNDARY_BIT..=LAST_BOUNDARY_BIT)
+            .map(|bit| 1 << bit)
+            .collect(),
         bins,
     }
 }
 
 /// An image's event in the words of the control socket.
 pub(super) fn event(device: &str, event: ImageEvent) -> Event {
-    let (ImageEvent::Corrupted { message: msg } | ImageEvent::Failed { message: msg }) = event;
-    Event::BlockImageCorrupted {
+    let io_error = |operation, nospace, reason| Event::BlockIoError {
+        qom_path: String::new(),
         device: device.to_owned(),
         node_name: device.to_owned(),
-        msg,
-        offset: None,
-        size: None,
-        fatal: true,
+        operation,
+        action: IoErrorAction::Report,
+        nospace,
+        reason,
+    };
+    match event {
+        ImageEvent::Corrupted { message: msg } => Event::BlockImageCorrupted {
+            device: device.to_owned(),
+            node_name: device.to_owned(),
+            msg,
+            offset: None,
+            size: None,
+            fatal: true,
+        },
+        ImageEvent::Failed { message } => io_error(IoOperation::Write, false, message),
+        ImageEvent::RequestFailed {
+            write,
+            no_space,
+            message,
+        } => {
+            let operation = if write {
+                IoOperation::Write
+            } else {
+                IoOperation::Read
+            };
+            io_error(operation, no_space, message)
+        }
     }
 }
 
@@ -205,7 +244,10 @@ mod tests {
         let buckets = std::array::from_fn(|bucket| bucket as u64 + 1);
         let histogram = histogram(&buckets);
         assert_eq!(histogram.bins.len(), histogram.boundaries.len() + 1);
-        assert_eq!(histogram.bins.iter().sum::<u64>(), buckets.iter().sum::<u64>());
+        assert_eq!(
+            histogram.bins.iter().sum::<u64>(),
+            buckets.iter().sum::<u64>()
+        );
         // [2^10, 2^11) lies between the first two boundaries.
         assert_eq!(histogram.bins[1], buckets[10]);
     }

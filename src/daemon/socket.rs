@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
 use rustix::fs::Gid;
+use rustix::fs::Mode;
 use thiserror::Error;
 
 /// Why there is no socket.
@@ -73,7 +73,13 @@ impl ListeningSocket {
         }
         let metadata = fs::symlink_metadata(path).map_err(fault("examine"))?;
         let identity = (metadata.dev(), metadata.ino());
-        Ok((listener, Self { path: path.to_owned(), identity }))
+        Ok((
+            listener,
+            Self {
+                path: path.to_owned(),
+                identity,
+            },
+        ))
     }
 }
 
@@ -82,7 +88,10 @@ impl Drop for ListeningSocket {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|found| (found.dev(), found.ino()) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {
-            log::warn!("cannot remove the socket '{}': {error}", self.path.display());
+            log::warn!(
+                "cannot remove the socket '{}': {error}",
+                self.path.display()
+            );
         }
     }
 }
@@ -126,8 +135,14 @@ fn group_id(group: &str) -> Result<Gid, SocketError> {
         let groups = fs::read_to_string("/etc/group").ok()?;
         groups.lines().find_map(|line| {
             let mut fields = line.split(':');
-            (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
+            (fields.next() == Some(group))
+                .then(|| fields.nth(1)?.parse().ok())
+                .flatten()
         })
     });
-    number.map(Gid::from_raw).ok_or_else(|| SocketError::NoGroup { group: group.to_owned() })
+    number
+        .map(Gid::from_raw)
+        .ok_or_else(|| SocketError::NoGroup {
+            group: group.to_owned(),
+        })
 }

@@ -835,11 +835,14 @@ impl Worker {
         self.shared.stats.count_slow();
         let ends = Rc::clone(&self.task_ends);
         let error_log = Rc::clone(&self.error_log);
+        let image = Arc::clone(self.engine.image());
         self.executor.spawn(async move {
             let status = match work.await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    error_log.report(what, &error);
+                    if error_log.report(what, &error) {
+                        image.tell_request_failed(what != "read", &error);
+                    }
                     status_of(&error)
                 }
             };
@@ -1096,7 +1099,9 @@ struct ErrorLog {
 }
 
 impl ErrorLog {
-    fn report(&self, what: &str, error: &engine::Error) {
+    /// Logs a failed request. True when it is one for the administrator, and not too soon after
+    /// the last.
+    fn report(&self, what: &str, error: &engine::Error) -> bool {
         let now = Instant::now();
         let quiet = self
             .last
@@ -1111,6 +1116,7 @@ impl ErrorLog {
             self.last.set(Some(now));
         }
         log!(level, "{what} failed: {}", error.chain());
+        level < log::Level::Debug
     }
 }
 

@@ -58,6 +58,14 @@ impl Active {
             .is_some_and(|since| since.load(Ordering::Acquire) == generation)
     }
 
+    /// The L1 entries of these tables are in the file, durably.
+    pub(crate) fn name_tables(&self, tables: &[u64]) {
+        let mut l1 = lock(&self.l1);
+        for table in tables {
+            l1.unnamed_tables.remove(table);
+        }
+    }
+
     /// Records that an entry no longer refers to what it did.
     pub(crate) fn drop_cluster(&self, geometry: Geometry, cluster: Cluster) {
         let (start, last) = match cluster {
@@ -71,7 +79,11 @@ impl Active {
                 (touched.start().get(), touched.end().get())
             }
         };
-        self.drop_clusters(Dropped { start, count: last - start + 1, tables: false });
+        self.drop_clusters(Dropped {
+            start,
+            count: last - start + 1,
+            tables: false,
+        });
     }
 
     /// Records dropped clusters; neighbours become one run.

@@ -27,7 +27,10 @@ pub(crate) struct ClusterCache {
 
 impl ClusterCache {
     pub(crate) fn get(&self, key: Key) -> Option<Rc<[u8]>> {
-        self.clusters.iter().find(|(kept, _)| *kept == key).map(|(_, cluster)| Rc::clone(cluster))
+        self.clusters
+            .iter()
+            .find(|(kept, _)| *kept == key)
+            .map(|(_, cluster)| Rc::clone(cluster))
     }
 
     pub(crate) fn insert(&mut self, key: Key, cluster: Rc<[u8]>) -> Rc<[u8]> {
@@ -58,7 +61,10 @@ impl<S: Storage> Worker<S> {
         let buf = AlignedBuf::zeroed(to_usize(bytes));
         let (read, buf) = self.storage.read_buf(layer.file, host.get(), buf).await;
         read.map_err(|error| {
-            Error::io(format!("cannot read the compressed cluster at {host}"), error)
+            Error::io(
+                format!("cannot read the compressed cluster at {host}"),
+                error,
+            )
         })?;
         let cluster_size = to_usize(mapping.geometry.cluster_size());
         let mut cluster = vec![0; cluster_size];
@@ -72,7 +78,10 @@ impl<S: Storage> Worker<S> {
         } else {
             Err(Error::new(
                 ErrorKind::Io,
-                format!("the compressed cluster at {host} of layer {} does not decode", layer.index),
+                format!(
+                    "the compressed cluster at {host} of layer {} does not decode",
+                    layer.index
+                ),
             ))
         }
     }
@@ -87,7 +96,9 @@ fn decode_deflate(input: &[u8], cluster: &mut [u8]) -> bool {
 
 /// One zstd frame. The input ends somewhere in its last sector.
 fn decode_zstd(input: &[u8], cluster: &mut [u8]) -> bool {
-    let Ok(mut decoder) = zstd::stream::raw::Decoder::new() else { return false };
+    let Ok(mut decoder) = zstd::stream::raw::Decoder::new() else {
+        return false;
+    };
     let mut source = zstd::stream::raw::InBuffer::around(input);
     let mut target = zstd::stream::raw::OutBuffer::around(cluster);
     while target.pos() < target.capacity() {
@@ -109,7 +120,9 @@ mod tests {
 
     #[test]
     fn both_codecs_decode_a_cluster_followed_by_padding() {
-        let cluster: Vec<u8> = (0..65536_u32).map(|n| (n / 300) as u8).collect();
+        let cluster: Vec<u8> = (0..65536_u32)
+            .map(|n| u8::try_from(n / 300).expect("small"))
+            .collect();
         let mut deflate =
             flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
         deflate.write_all(&cluster).expect("memory");

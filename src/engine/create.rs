@@ -209,7 +209,10 @@ fn prepare(options: &CreateOptions) -> Result<(Header, Plan), Error> {
     let place = |cluster: u64| HostOffset::new(cluster * geometry.cluster_size());
     let narrow = |number: u64| match u32::try_from(number) {
         Ok(number) => Ok(number),
-        Err(_) => Err(Error::new(ErrorKind::Invalid, "the virtual size is too large")),
+        Err(_) => Err(Error::new(
+            ErrorKind::Invalid,
+            "the virtual size is too large",
+        )),
     };
     header.refcount_table_offset = place(plan.reftable_start);
     header.refcount_table_clusters = narrow(plan.reftable_clusters)?;

@@ -33,12 +33,7 @@ impl<S: Storage> Worker<S> {
     ///
     /// # Errors
     /// As for [`write`](Self::write).
-    pub async fn discard(
-        &self,
-        pin: PinGuard,
-        offset: GuestOffset,
-        len: u64,
-    ) -> Result<(), Error> {
+    pub async fn discard(&self, pin: PinGuard, offset: GuestOffset, len: u64) -> Result<(), Error> {
         self.image.check_range(offset, len)?;
         self.prepare_write().await?;
         if !self.image.discard {
@@ -71,11 +66,18 @@ impl<S: Storage> Worker<S> {
         len: u64,
         wish: Wish,
     ) -> Result<(), Error> {
-        let Some(layer) = self.image.layers.first() else { return Ok(()) };
+        let Some(layer) = self.image.layers.first() else {
+            return Ok(());
+        };
         let result = match (&layer.kind, &self.image.active) {
             (LayerKind::Qcow2(mapping), Some(active)) => {
-                let target = Target { layer, mapping, active };
-                self.change_range(target, &pin, offset.get(), len, wish).await
+                let target = Target {
+                    layer,
+                    mapping,
+                    active,
+                };
+                self.change_range(target, &pin, offset.get(), len, wish)
+                    .await
             }
             _ => {
                 let fault = |error| Error::io("cannot zero a range of the raw image", error);
@@ -110,8 +112,11 @@ impl<S: Storage> Worker<S> {
         let cluster_size = geometry.cluster_size();
         let end = offset + len;
         // The cluster that the disk ends in counts as whole when the range reaches that end.
-        let whole_end =
-            if end >= target.layer.size { geometry.cluster_align_up(end) } else { end };
+        let whole_end = if end >= target.layer.size {
+            geometry.cluster_align_up(end)
+        } else {
+            end
+        };
         let mut position = offset;
         while position < end {
             let inside = geometry.offset_in_cluster(position);
@@ -124,7 +129,9 @@ impl<S: Storage> Worker<S> {
                 continue;
             }
             let whole = geometry.cluster_align_down(whole_end - position);
-            position += self.change_clusters(target, pin, position, whole, wish).await?;
+            position += self
+                .change_clusters(target, pin, position, whole, wish)
+                .await?;
         }
         Ok(())
     }
@@ -135,7 +142,8 @@ impl<S: Storage> Worker<S> {
         while done < len {
             let part = (len - done).min(ZERO_CHUNK);
             if self.old_bytes(position + done, part).await?.is_some() {
-                self.write_range(pin, position + done, &SgList::zeroes(part)).await?;
+                self.write_range(pin, position + done, &SgList::zeroes(part))
+                    .await?;
             }
             done += part;
         }
@@ -163,7 +171,8 @@ impl<S: Storage> Worker<S> {
             let part = part.min(mapping.geometry.l2_table_span());
             if wish != Wish::Discard {
                 let inside_disk = target.layer.size.next_multiple_of(512) - position;
-                self.zero_bytes(pin, position, part.min(inside_disk)).await?;
+                self.zero_bytes(pin, position, part.min(inside_disk))
+                    .await?;
             }
             return Ok(part);
         }
@@ -176,8 +185,11 @@ impl<S: Storage> Worker<S> {
         if already {
             return Ok(bytes);
         }
-        let Some(taken) = self.take(&span, count).await else { return Ok(0) };
-        self.link(&span, count, |_, cluster| wanted(cluster, wish, below)).await?;
+        let Some(taken) = self.take(&span, count).await else {
+            return Ok(0);
+        };
+        self.link(&span, count, |_, cluster| wanted(cluster, wish, below))
+            .await?;
         drop(taken);
         self.relieve().await?;
         Ok(bytes)
@@ -185,13 +197,20 @@ impl<S: Storage> Worker<S> {
 
     /// May something other than zeroes show through an unallocated cluster at `position`?
     fn has_below(&self, position: u64) -> bool {
-        self.image.layers.get(1).is_some_and(|layer| position < layer.size)
+        self.image
+            .layers
+            .get(1)
+            .is_some_and(|layer| position < layer.size)
     }
 }
 
 /// The entry that fulfils a wish; `None` when the present one does.
 fn wanted(cluster: Cluster, wish: Wish, below: bool) -> Option<L2Entry> {
-    let gone = if below { L2Entry::zero_plain() } else { L2Entry::UNALLOCATED };
+    let gone = if below {
+        L2Entry::zero_plain()
+    } else {
+        L2Entry::UNALLOCATED
+    };
     let keep = |host: HostOffset, copied| Some(L2Entry::zero_allocated(host, copied));
     match (wish, cluster) {
         (_, Cluster::Unallocated) => below.then(L2Entry::zero_plain),
@@ -215,17 +234,32 @@ mod tests {
 
     #[test]
     fn nothing_below_shows_through_a_discarded_cluster() {
-        let standard = Cluster::Standard { host: HOST, copied: true };
-        assert_eq!(wanted(standard, Wish::Discard, true), Some(L2Entry::zero_plain()));
-        assert_eq!(wanted(standard, Wish::Discard, false), Some(L2Entry::UNALLOCATED));
+        let standard = Cluster::Standard {
+            host: HOST,
+            copied: true,
+        };
+        assert_eq!(
+            wanted(standard, Wish::Discard, true),
+            Some(L2Entry::zero_plain())
+        );
+        assert_eq!(
+            wanted(standard, Wish::Discard, false),
+            Some(L2Entry::UNALLOCATED)
+        );
         assert_eq!(wanted(Cluster::Unallocated, Wish::Discard, false), None);
     }
 
     #[test]
     fn zeroing_without_unmap_keeps_the_cluster() {
-        let standard = Cluster::Standard { host: HOST, copied: true };
+        let standard = Cluster::Standard {
+            host: HOST,
+            copied: true,
+        };
         let wish = Wish::Zero { unmap: false };
-        assert_eq!(wanted(standard, wish, true), Some(L2Entry::zero_allocated(HOST, true)));
+        assert_eq!(
+            wanted(standard, wish, true),
+            Some(L2Entry::zero_allocated(HOST, true))
+        );
         assert_eq!(wanted(Cluster::ZeroPlain, wish, true), None);
     }
 }

@@ -45,7 +45,11 @@ pub struct Error {
 impl Error {
     /// An error with a sentence and no deeper cause.
     pub fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
-        Self { kind, text: text.into(), source: None }
+        Self {
+            kind,
+            text: text.into(),
+            source: None,
+        }
     }
 
     /// A host I/O error; "no space" kinds of errno become [`ErrorKind::NoSpace`].
@@ -56,26 +60,45 @@ impl Error {
             | io::ErrorKind::FileTooLarge => ErrorKind::NoSpace,
             _ => ErrorKind::Io,
         };
-        Self { kind, text: text.into(), source: Some(Box::new(source)) }
+        Self {
+            kind,
+            text: text.into(),
+            source: Some(Box::new(source)),
+        }
     }
 
     /// A metadata write or an `fdatasync` that failed: what the file holds is not known any more,
     /// and the image must take no more writes.
     pub(crate) fn failed(text: impl Into<String>, source: io::Error) -> Self {
-        Self { kind: ErrorKind::Failed, text: text.into(), source: Some(Box::new(source)) }
+        Self {
+            kind: ErrorKind::Failed,
+            text: text.into(),
+            source: Some(Box::new(source)),
+        }
     }
 
     /// A violation of the format, with where it was met.
     pub fn format(text: impl Into<String>, source: FormatError) -> Self {
-        let kind =
-            if source.is_unsupported() { ErrorKind::Unsupported } else { ErrorKind::Corrupt };
-        Self { kind, text: text.into(), source: Some(Box::new(source)) }
+        let kind = if source.is_unsupported() {
+            ErrorKind::Unsupported
+        } else {
+            ErrorKind::Corrupt
+        };
+        Self {
+            kind,
+            text: text.into(),
+            source: Some(Box::new(source)),
+        }
     }
 
     /// The same error seen from one level up.
     #[must_use]
     pub fn context(self, text: impl Into<String>) -> Self {
-        Self { kind: self.kind, text: text.into(), source: Some(Box::new(self)) }
+        Self {
+            kind: self.kind,
+            text: text.into(),
+            source: Some(Box::new(self)),
+        }
     }
 
     /// What the caller may act on.
@@ -106,7 +129,9 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        self.source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
     }
 }
 
@@ -115,5 +140,7 @@ impl StdError for Error {
 /// Every critical section of the engine leaves its data consistent at each step, so that the
 /// poison flag says nothing that the panic itself did not.
 pub(crate) fn lock<T: ?Sized>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -33,7 +33,10 @@ pub struct ExtentList {
 
 impl Default for ExtentList {
     fn default() -> Self {
-        Self { items: [Extent::Zero { len: 0 }; EXTENTS_MAX], count: 0 }
+        Self {
+            items: [Extent::Zero { len: 0 }; EXTENTS_MAX],
+            count: 0,
+        }
     }
 }
 
@@ -61,11 +64,23 @@ impl ExtentList {
     #[inline]
     #[must_use]
     pub(crate) fn push(&mut self, extent: Extent) -> bool {
-        if let Some(last) = self.count.checked_sub(1).and_then(|i| self.items.get_mut(i)) {
+        if let Some(last) = self
+            .count
+            .checked_sub(1)
+            .and_then(|i| self.items.get_mut(i))
+        {
             match (last, extent) {
                 (
-                    Extent::Data { file, host_offset, len },
-                    Extent::Data { file: next_file, host_offset: next, len: more },
+                    Extent::Data {
+                        file,
+                        host_offset,
+                        len,
+                    },
+                    Extent::Data {
+                        file: next_file,
+                        host_offset: next,
+                        len: more,
+                    },
                 ) if *file == next_file && *host_offset + *len == next => {
                     *len += more;
                     return true;

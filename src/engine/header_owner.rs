@@ -1,4 +1,7 @@
-//! The one owner of the header sector.
+//! The one owner of the header sector, and of the image file's `fdatasync`.
+//!
+//! One `fdatasync` at a time, and none after one that failed: the host tells a lost write to one
+//! caller only, and another whose own call succeeds must not take its data for durable.
 //!
 //! Every change of the header is one 512-byte write of committed values followed by an
 //! `fdatasync`, and changes do not overlap. Bytes of the sector that we do not own stay as they
@@ -6,7 +9,7 @@
 
 use async_lock::Mutex as AsyncMutex;
 
-use super::error::Error;
+use super::error::{Error, ErrorKind};
 use crate::format::header::Header;
 use crate::storage::{AlignedBuf, FileId, SgList, Storage};
 
@@ -18,11 +21,17 @@ const SECTOR: usize = 512;
 pub(crate) struct HeaderOwner {
     file: FileId,
     header: AsyncMutex<Header>,
+    /// Held across an `fdatasync`; true once one has failed.
+    sync_failed: AsyncMutex<bool>,
 }
 
 impl HeaderOwner {
     pub(crate) fn new(file: FileId, header: Header) -> Self {
-        Self { file, header: AsyncMutex::new(header) }
+        Self {
+            file,
+            header: AsyncMutex::new(header),
+            sync_failed: AsyncMutex::new(false),
+        }
     }
 
     /// Changes the header in the file, durably. What the new values rely on must be durable.
@@ -38,7 +47,9 @@ impl HeaderOwner {
         let mut header = self.header.lock().await;
         let mut changed = header.clone();
         change(&mut changed);
-        let (read, buf) = storage.read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR)).await;
+        let (read, buf) = storage
+            .read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR))
+            .await;
         read.map_err(|error| Error::io("cannot read the image header", error))?;
         let mut sector = [0; SECTOR];
         sector.copy_from_slice(&buf[..SECTOR]);
@@ -46,8 +57,27 @@ impl HeaderOwner {
         let fault = |error| Error::failed("cannot update the image header", error);
         let sg = SgList::from_buf(AlignedBuf::from_slice(&sector));
         storage.write(self.file, 0, sg).await.map_err(fault)?;
-        storage.sync_data(self.file).await.map_err(fault)?;
+        self.sync_data(storage).await?;
         *header = changed;
+        Ok(())
+    }
+
+    /// Makes durable what was written to the image file.
+    ///
+    /// # Errors
+    /// `Failed`, now and for ever after.
+    pub(crate) async fn sync_data<S: Storage>(&self, storage: &S) -> Result<(), Error> {
+        let mut failed = self.sync_failed.lock().await;
+        if *failed {
+            return Err(Error::new(
+                ErrorKind::Failed,
+                "an earlier fdatasync of the image failed",
+            ));
+        }
+        if let Err(error) = storage.sync_data(self.file).await {
+            *failed = true;
+            return Err(Error::failed("cannot make the image durable", error));
+        }
         Ok(())
     }
 }

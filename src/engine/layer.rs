@@ -86,7 +86,11 @@ impl Mapping {
 
     #[inline]
     pub(crate) fn l1_entry(&self, l1_index: usize) -> L1Entry {
-        L1Entry(self.l1.get(l1_index).map_or(0, |entry| entry.load(Ordering::Acquire)))
+        L1Entry(
+            self.l1
+                .get(l1_index)
+                .map_or(0, |entry| entry.load(Ordering::Acquire)),
+        )
     }
 
     /// The table that an L1 entry names, judged.
@@ -127,7 +131,10 @@ impl Mapping {
     /// `Corrupt` as for [`Self::table`].
     pub(crate) fn cluster(&self, guest: GuestOffset, entry: L2Entry) -> Result<Cluster, Error> {
         let cluster = entry.decode(self.geometry, self.version).map_err(|error| {
-            Error::format(format!("L2 entry of guest offset {guest} is {:#018x}", entry.0), error)
+            Error::format(
+                format!("L2 entry of guest offset {guest} is {:#018x}", entry.0),
+                error,
+            )
         })?;
         match cluster {
             Cluster::Unallocated | Cluster::ZeroPlain => {}
@@ -163,9 +170,10 @@ impl Mapping {
                 Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. } => {
                     (host.get(), host.get())
                 }
-                Cluster::Compressed { host, bytes } => {
-                    (host.get(), (host.get() + bytes - 1).min(end.saturating_sub(1)))
-                }
+                Cluster::Compressed { host, bytes } => (
+                    host.get(),
+                    (host.get() + bytes - 1).min(end.saturating_sub(1)),
+                ),
             };
             if first >= end {
                 return true;

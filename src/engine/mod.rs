@@ -8,7 +8,7 @@
 //!
 //! Lock order (outer first): L1 lock, slice locks (ascending host offset), taken shard, lists of
 //! modified and dropped things. Allocator state, then protected ranges. No lock is held across an
-//! await, except the header owner's asynchronous one.
+//! await, except the header owner's asynchronous ones.
 
 #![forbid(unsafe_code)]
 
@@ -97,6 +97,15 @@ pub enum ImageEvent {
         /// What failed.
         message: String,
     },
+    /// A request failed on the host; the guest was told.
+    RequestFailed {
+        /// It would have changed or flushed the image.
+        write: bool,
+        /// The host had no space.
+        no_space: bool,
+        /// What failed.
+        message: String,
+    },
 }
 
 type EventSink = Box<dyn Fn(ImageEvent) + Send + Sync>;
@@ -133,7 +142,9 @@ impl Image {
     /// not a multiple of 512 has its last partial sector padded with zeroes.
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
-        self.layers.first().map_or(0, |layer| layer.size.next_multiple_of(SECTOR_SIZE))
+        self.layers
+            .first()
+            .map_or(0, |layer| layer.size.next_multiple_of(SECTOR_SIZE))
     }
 
     /// Opened for reading only.
@@ -166,7 +177,10 @@ impl Image {
     /// Cache counters of every worker there has been, in the order of their creation.
     #[must_use]
     pub fn cache_stats(&self) -> Vec<CacheStats> {
-        lock(&self.counters).iter().map(|counters| counters.stats()).collect()
+        lock(&self.counters)
+            .iter()
+            .map(|counters| counters.stats())
+            .collect()
     }
 
     /// Whom to tell about failures. The sink is called on the thread that met the failure.
@@ -185,12 +199,15 @@ impl Image {
 
     #[inline]
     fn contains(&self, offset: GuestOffset, len: u64) -> bool {
-        offset.get().checked_add(len).is_some_and(|end| end <= self.virtual_size())
+        offset
+            .get()
+            .checked_add(len)
+            .is_some_and(|end| end <= self.virtual_size())
     }
 
     /// Checks a range that came from a device.
     fn check_range(&self, offset: GuestOffset, len: u64) -> Result<(), Error> {
-        if self.contains(offset, len) && (offset.get() | len) % SECTOR_SIZE == 0 {
+        if self.contains(offset, len) && (offset.get() | len).is_multiple_of(SECTOR_SIZE) {
             return Ok(());
         }
         let size = self.virtual_size();
@@ -207,13 +224,17 @@ impl Image {
 
     #[inline]
     fn is_owned(&self, l1_index: usize, generation: u64) -> bool {
-        self.active.as_ref().is_some_and(|active| active.is_owned(l1_index, generation))
+        self.active
+            .as_ref()
+            .is_some_and(|active| active.is_owned(l1_index, generation))
     }
 
     fn become_ready(&self) {
         let (from, to) = (State::Opened as u8, State::Ready as u8);
         // Lost only to a failure or to another first write.
-        let _ = self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self
+            .state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 
     fn cluster_bits(&self) -> u32 {
@@ -225,7 +246,9 @@ impl Image {
         if let (Some(layer), Some(active)) = (self.layers.first(), &self.active)
             && let LayerKind::Qcow2(mapping) = &layer.kind
         {
-            mapping.host_end.fetch_max(active.allocator.end_offset(), Ordering::AcqRel);
+            mapping
+                .host_end
+                .fetch_max(active.allocator.end_offset(), Ordering::AcqRel);
         }
     }
 
@@ -235,11 +258,26 @@ impl Image {
         if before == State::Failed as u8 {
             return;
         }
-        let (ImageEvent::Corrupted { message } | ImageEvent::Failed { message }) = &event;
+        let (ImageEvent::Corrupted { message }
+        | ImageEvent::Failed { message }
+        | ImageEvent::RequestFailed { message, .. }) = &event;
         log::error!("{message}; the image takes no more writes until it is opened again");
+        self.tell(event);
+    }
+
+    fn tell(&self, event: ImageEvent) {
         if let Some(sink) = &*lock(&self.event_sink) {
             sink(event);
         }
+    }
+
+    /// Tells that a request failed on the host. For the device, which limits how often.
+    pub fn tell_request_failed(&self, write: bool, error: &Error) {
+        self.tell(ImageEvent::RequestFailed {
+            write,
+            no_space: error.kind() == ErrorKind::NoSpace,
+            message: error.chain(),
+        });
     }
 
     fn failed_error() -> Error {

@@ -111,7 +111,10 @@ impl Image {
         if specs.is_empty() || specs.len() > LAYERS_MAX {
             return Err(Error::new(
                 ErrorKind::Invalid,
-                format!("a backing chain has 1 to {LAYERS_MAX} files, not {}", specs.len()),
+                format!(
+                    "a backing chain has 1 to {LAYERS_MAX} files, not {}",
+                    specs.len()
+                ),
             ));
         }
         let board = Arc::new(PinBoard::new());
@@ -142,8 +145,8 @@ impl Image {
                     // Entries past the end of the file that a repair had to leave: nothing may ever
                     // be allocated where they point, and what is there is not data.
                     let geometry = parsed.header.geometry();
-                    let dangling = geometry.clusters_for(parsed.file_len)
-                        ..geometry.clusters_for(dangling_end);
+                    let dangling =
+                        geometry.clusters_for(parsed.file_len)..geometry.clusters_for(dangling_end);
                     if !dangling.is_empty() {
                         parsed.protected.add(dangling);
                         parsed.managed_end = dangling_end;
@@ -154,7 +157,12 @@ impl Image {
                     (size, LayerKind::Qcow2(mapping), Some(parts))
                 }
             };
-            layers.push(Layer { file: spec.file, index: layer_index, size, kind });
+            layers.push(Layer {
+                file: spec.file,
+                index: layer_index,
+                size,
+                kind,
+            });
             if index == 0 && !options.read_only {
                 write_side = parts;
             }
@@ -162,9 +170,9 @@ impl Image {
         let (bodies_max, directory_slots) = cache_size(&layers, options);
         let store = Store::new(bodies_max);
         let active = match (write_side, layers.first()) {
-            (Some((header, table, file_len)), Some(layer)) => {
-                Some(active(storage, layer, header, table, file_len, options, &board, &store))
-            }
+            (Some((header, table, file_len)), Some(layer)) => Some(active(
+                storage, layer, header, table, file_len, options, &board, &store,
+            )),
             _ => None,
         };
         let state = match (&active, options.read_only) {
@@ -190,7 +198,9 @@ impl Image {
 }
 
 fn file_len<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {
-    storage.len(file).map_err(|error| Error::io("cannot get the length of the image", error))
+    storage
+        .len(file)
+        .map_err(|error| Error::io("cannot get the length of the image", error))
 }
 
 async fn read<S: Storage>(
@@ -200,7 +210,9 @@ async fn read<S: Storage>(
     len: u64,
     what: &str,
 ) -> Result<AlignedBuf, Error> {
-    let (read, buf) = storage.read_buf(file, offset, AlignedBuf::zeroed(to_usize(len))).await;
+    let (read, buf) = storage
+        .read_buf(file, offset, AlignedBuf::zeroed(to_usize(len)))
+        .await;
     read.map_err(|error| Error::io(format!("cannot read the {what} at {offset:#x}"), error))?;
     Ok(buf)
 }
@@ -212,7 +224,11 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
     let cluster_bits = probe.get(20..24).and_then(|word| word.try_into().ok());
     let cluster_bits = cluster_bits.map_or(0, u32::from_be_bytes);
     // A value out of range is for the decoder to refuse.
-    let cluster_size = if (9..=21).contains(&cluster_bits) { 1 << cluster_bits } else { 512 };
+    let cluster_size = if (9..=21).contains(&cluster_bits) {
+        1 << cluster_bits
+    } else {
+        512
+    };
     let bytes = read(storage, file, 0, len.min(cluster_size), "image header").await?;
     Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
 }
@@ -231,7 +247,10 @@ async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<u64, E
         report.leaks_fixed
     );
     if report.dangling > 0 {
-        log::warn!("{} entries point past the end of the file: lost data", report.dangling);
+        log::warn!(
+            "{} entries point past the end of the file: lost data",
+            report.dangling
+        );
     }
     Ok(report.dangling_end)
 }
@@ -253,9 +272,17 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
     places.push(place("L1 table", geometry, l1_offset, l1_bytes, file_len)?);
     let table_offset = header.refcount_table_offset.get();
     let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
-    places.push(place("refcount table", geometry, table_offset, table_bytes, file_len)?);
+    places.push(place(
+        "refcount table",
+        geometry,
+        table_offset,
+        table_bytes,
+        file_len,
+    )?);
 
-    let l1_used = geometry.l1_entries_for(header.size).min(u64::from(header.l1_size));
+    let l1_used = geometry
+        .l1_entries_for(header.size)
+        .min(u64::from(header.l1_size));
     let l1 = read(storage, file, l1_offset, l1_used * 8, "L1 table").await?;
     let l1: Box<[u64]> = words(&l1).collect();
     let mut refcount_table = Vec::new();
@@ -267,7 +294,13 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
     let snapshot_bytes = snapshots.1;
     if header.snapshot_count > 0 {
         let offset = header.snapshot_table_offset.get();
-        places.push(place("snapshot table", geometry, offset, snapshot_bytes, file_len)?);
+        places.push(place(
+            "snapshot table",
+            geometry,
+            offset,
+            snapshot_bytes,
+            file_len,
+        )?);
     }
     disjoint(&places)?;
     for (index, snapshot) in snapshots.0.iter().enumerate() {
@@ -277,10 +310,17 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
             .map_err(|error| error.context(format!("snapshot {index} is damaged")))?;
         places.push(place);
     }
-    for (index, raw) in refcount_table.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+    for (index, raw) in refcount_table
+        .iter()
+        .enumerate()
+        .filter(|(_, raw)| **raw != 0)
+    {
         let entry = RefcountTableEntry(*raw);
         entry.validate(geometry).map_err(|error| {
-            Error::format(format!("refcount table entry {index} is {raw:#018x}"), error)
+            Error::format(
+                format!("refcount table entry {index} is {raw:#018x}"),
+                error,
+            )
         })?;
         let offset = entry.block_offset().map_or(0, HostOffset::get);
         if offset >= file_len {
@@ -293,11 +333,20 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
         places.push(("refcount block", cluster..cluster + 1));
     }
     let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
-    Ok(Parsed { header, l1, refcount_table, protected, file_len, managed_end: file_len })
+    Ok(Parsed {
+        header,
+        l1,
+        refcount_table,
+        protected,
+        file_len,
+        managed_end: file_len,
+    })
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
+    bytes
+        .chunks_exact(8)
+        .map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
 }
 
 /// The clusters of a table that must lie within the file.
@@ -308,7 +357,7 @@ fn place(
     bytes: u64,
     file_len: u64,
 ) -> Result<(&'static str, Range<u64>), Error> {
-    let end = offset.checked_add(bytes).unwrap_or(u64::MAX);
+    let end = offset.saturating_add(bytes);
     // The file may end within the last cluster of a table, not before its last byte.
     if end > file_len && bytes > 0 {
         return Err(Error::new(
@@ -373,7 +422,9 @@ type WriteParts = (Header, Vec<u64>, u64);
 
 fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     let geometry = parsed.header.geometry();
-    let slice_bytes = options.l2_cache_entry_size.clamp(512, geometry.cluster_size());
+    let slice_bytes = options
+        .l2_cache_entry_size
+        .clamp(512, geometry.cluster_size());
     let mapping = Mapping {
         geometry,
         version: parsed.header.version,
@@ -383,10 +434,16 @@ fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
         protected: Arc::new(Mutex::new(parsed.protected)),
         host_end: AtomicU64::new(parsed.file_len),
     };
-    (mapping, (parsed.header, parsed.refcount_table, parsed.managed_end))
+    (
+        mapping,
+        (parsed.header, parsed.refcount_table, parsed.managed_end),
+    )
 }
 
-#[expect(clippy::too_many_arguments, reason = "each is one part of what open has gathered")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is one part of what open has gathered"
+)]
 fn active<S: Storage>(
     storage: &S,
     layer: &Layer,
@@ -404,7 +461,13 @@ fn active<S: Storage>(
         .l1
         .iter()
         .map(|raw| L1Entry(raw.load(Ordering::Relaxed)))
-        .map(|entry| if entry.copied() { board.generation() } else { 0 })
+        .map(|entry| {
+            if entry.copied() {
+                board.generation()
+            } else {
+                0
+            }
+        })
         .map(AtomicU64::new)
         .collect();
     let clear_autoclear = header.autoclear != 0;
@@ -427,11 +490,17 @@ fn active<S: Storage>(
         file_len,
         can_grow: storage.can_grow(layer.file),
         discard: options.discard,
-        cache_bytes: options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES_DEFAULT),
+        cache_bytes: options
+            .refcount_cache_size
+            .unwrap_or(REFCOUNT_CACHE_BYTES_DEFAULT),
     };
     let header = Arc::new(HeaderOwner::new(layer.file, header));
-    let allocator =
-        Allocator::new(parts, Arc::clone(board), Arc::clone(&header), Arc::clone(store));
+    let allocator = Allocator::new(
+        parts,
+        Arc::clone(board),
+        Arc::clone(&header),
+        Arc::clone(store),
+    );
     Active {
         owned_since,
         l1_offset,
@@ -455,8 +524,9 @@ fn cache_size(layers: &[Layer], options: &OpenOptions) -> (usize, usize) {
             slice_bytes = slice_bytes.min(mapping.slice_bytes());
         }
     }
-    let budget =
-        options.l2_cache_size.unwrap_or_else(|| needed.min(L2_CACHE_BYTES_DEFAULT_MAX));
+    let budget = options
+        .l2_cache_size
+        .unwrap_or_else(|| needed.min(L2_CACHE_BYTES_DEFAULT_MAX));
     let bodies = to_usize(budget / slice_bytes);
     (bodies, bodies)
 }

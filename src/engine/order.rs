@@ -178,7 +178,11 @@ impl FlushGate {
             if !gate.running {
                 gate.running = true;
                 let outcome = TicketState::Failed;
-                return Ok(Some(Lead { image, ticket: Arc::default(), outcome }));
+                return Ok(Some(Lead {
+                    image,
+                    ticket: Arc::default(),
+                    outcome,
+                }));
             }
             if !keeps!(JoinLaterFlush) {
                 return Ok(None);
@@ -195,7 +199,11 @@ impl FlushGate {
                         *state = TicketState::Running;
                         drop(state);
                         let outcome = TicketState::Failed;
-                        return Ok(Some(Lead { image, ticket, outcome }));
+                        return Ok(Some(Lead {
+                            image,
+                            ticket,
+                            outcome,
+                        }));
                     }
                     TicketState::Done => return Ok(None),
                     TicketState::Failed => return Err(Image::failed_error()),
@@ -258,7 +266,9 @@ impl<S: Storage> Worker<S> {
             State::Failed => return Err(Image::failed_error()),
             State::Opened | State::Ready => {}
         }
-        let Some(mut lead) = self.image.gate.enter(&self.image).await? else { return Ok(()) };
+        let Some(mut lead) = self.image.gate.enter(&self.image).await? else {
+            return Ok(());
+        };
         // A flush that failed while this one waited has left nothing to be made durable.
         if self.image.has_failed() {
             return Err(Image::failed_error());
@@ -278,7 +288,11 @@ impl<S: Storage> Worker<S> {
 
     /// Writes modified slices back when they crowd the cache.
     pub(crate) async fn relieve(&self) -> Result<(), Error> {
-        if self.image.store.wants_write_back() { self.flush().await } else { Ok(()) }
+        if self.image.store.wants_write_back() {
+            self.flush().await
+        } else {
+            Ok(())
+        }
     }
 
     /// The last act of an orderly stop, when no request is in flight anywhere: everything
@@ -303,9 +317,14 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn sync(&self) -> Result<(), Error> {
-        let Some(layer) = self.image.layers.first() else { return Ok(()) };
+        let Some(layer) = self.image.layers.first() else {
+            return Ok(());
+        };
         if self.image.no_flush {
             return Ok(());
+        }
+        if let Some(active) = &self.image.active {
+            return active.header.sync_data(&self.storage).await;
         }
         self.storage
             .sync_data(layer.file)
@@ -315,9 +334,11 @@ impl<S: Storage> Worker<S> {
 
     async fn write_back(&self) -> Result<(), Error> {
         let layer = self.image.layers.first();
-        let (file, mapping, active) = match (layer.map(|l| (l.file, &l.kind)), &self.image.active) {
-            (Some((file, LayerKind::Qcow2(mapping))), Some(active)) => (file, mapping, active),
-            _ => return self.sync().await,
+        let (Some((file, LayerKind::Qcow2(mapping))), Some(active)) = (
+            layer.map(|layer| (layer.file, &layer.kind)),
+            &self.image.active,
+        ) else {
+            return self.sync().await;
         };
         // Places that are collected for writing must not become somebody else's meanwhile: the old
         // refcount table is freed when a longer one takes over.
@@ -338,11 +359,7 @@ impl<S: Storage> Worker<S> {
         for body in &collected.bodies {
             body.unpin();
         }
-        let mut l1 = lock(&active.l1);
-        for table in &collected.l1_tables {
-            l1.unnamed_tables.remove(table);
-        }
-        drop(l1);
+        active.name_tables(&collected.l1_tables);
         drop(pin);
         self.release(active, collected.dropped).await
     }
@@ -391,7 +408,16 @@ impl<S: Storage> Worker<S> {
             target.copy_from_slice(&value.to_be_bytes());
         }
         let l1_tables = tables.into_iter().collect();
-        Collected { dropped, new_tables, slices, l1, l1_tables, blocks, names, bodies }
+        Collected {
+            dropped,
+            new_tables,
+            slices,
+            l1,
+            l1_tables,
+            blocks,
+            names,
+            bodies,
+        }
     }
 
     async fn write_collected(
@@ -407,22 +433,43 @@ impl<S: Storage> Worker<S> {
             self.sync().await?;
             allocator.names_durable_content(&collected.names);
         }
-        let (first_names, later_names): (Vec<_>, Vec<_>) =
-            collected.names.iter().partition(|name| name.durable || name.used);
+        let (first_names, later_names): (Vec<_>, Vec<_>) = collected
+            .names
+            .iter()
+            .partition(|name| name.durable || name.used);
         let late = keeps!(DataBeforeL2);
         let mut first: Vec<(u64, &[u8])> = Vec::new();
         let mut second: Vec<(u64, &[u8])> = Vec::new();
-        let blocks = collected.blocks.iter().map(|copy| (copy.host_offset, &*copy.bytes));
-        if keeps!(RefcountBeforeL2) { first.extend(blocks) } else { second.extend(blocks) }
+        let blocks = collected
+            .blocks
+            .iter()
+            .map(|copy| (copy.host_offset, &*copy.bytes));
+        if keeps!(RefcountBeforeL2) {
+            first.extend(blocks);
+        } else {
+            second.extend(blocks);
+        }
         let first_name_bytes = name_bytes(&first_names);
-        first.extend(first_name_bytes.iter().map(|(offset, bytes)| (*offset, &bytes[..])));
+        first.extend(
+            first_name_bytes
+                .iter()
+                .map(|(offset, bytes)| (*offset, &bytes[..])),
+        );
         first.extend(pieces(&collected.new_tables));
         let round = if late { &mut second } else { &mut first };
         round.extend(pieces(&collected.slices));
-        let round = if keeps!(TableBeforeL1) { &mut second } else { &mut first };
+        let round = if keeps!(TableBeforeL1) {
+            &mut second
+        } else {
+            &mut first
+        };
         round.extend(pieces(&collected.l1));
         let later_name_bytes = name_bytes(&later_names);
-        second.extend(later_name_bytes.iter().map(|(offset, bytes)| (*offset, &bytes[..])));
+        second.extend(
+            later_name_bytes
+                .iter()
+                .map(|(offset, bytes)| (*offset, &bytes[..])),
+        );
 
         self.write_all(file, first).await?;
         if !second.is_empty() || keeps!(SyncAtEnd) {
@@ -443,9 +490,12 @@ impl<S: Storage> Worker<S> {
         stream::iter(pieces.into_iter().map(Ok))
             .try_for_each_concurrent(WRITES_IN_FLIGHT, |(host_offset, bytes)| async move {
                 let sg = SgList::from_buf(AlignedBuf::from_slice(bytes));
-                self.storage.write(file, host_offset, sg).await.map_err(|error| {
-                    Error::io(format!("cannot write metadata at {host_offset:#x}"), error)
-                })
+                self.storage
+                    .write(file, host_offset, sg)
+                    .await
+                    .map_err(|error| {
+                        Error::io(format!("cannot write metadata at {host_offset:#x}"), error)
+                    })
             })
             .await
     }
@@ -475,8 +525,12 @@ impl<S: Storage> Worker<S> {
         if self.image.state() == State::ReadOnly || self.image.has_failed() {
             return;
         }
-        self.image.fail(ImageEvent::Corrupted { message: message.to_owned() });
-        let Some(active) = &self.image.active else { return };
+        self.image.fail(ImageEvent::Corrupted {
+            message: message.to_owned(),
+        });
+        let Some(active) = &self.image.active else {
+            return;
+        };
         let marked = active
             .header
             .update(&self.storage, |header| {
@@ -498,7 +552,10 @@ fn extend(pieces: &mut Vec<Piece>, host_offset: u64, len: usize) -> &mut [u8] {
             && last.bytes.len() + len <= MERGED_BYTES_MAX
     });
     if !follows {
-        pieces.push(Piece { host_offset, bytes: Vec::new() });
+        pieces.push(Piece {
+            host_offset,
+            bytes: Vec::new(),
+        });
     }
     match pieces.last_mut() {
         Some(last) => {
@@ -511,9 +568,14 @@ fn extend(pieces: &mut Vec<Piece>, host_offset: u64, len: usize) -> &mut [u8] {
 }
 
 fn pieces(pieces: &[Piece]) -> impl Iterator<Item = (u64, &[u8])> {
-    pieces.iter().map(|piece| (piece.host_offset, &piece.bytes[..]))
+    pieces
+        .iter()
+        .map(|piece| (piece.host_offset, &piece.bytes[..]))
 }
 
 fn name_bytes(names: &[&TableWrite]) -> Vec<(u64, [u8; 8])> {
-    names.iter().map(|name| (name.host_offset, name.entry.to_be_bytes())).collect()
+    names
+        .iter()
+        .map(|name| (name.host_offset, name.entry.to_be_bytes()))
+        .collect()
 }

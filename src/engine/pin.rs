@@ -67,7 +67,11 @@ impl PinBoard {
         fence(Ordering::SeqCst);
         let mut slots = lock(&self.slots);
         slots.retain(|slot| slot.live.load(Ordering::Acquire));
-        slots.iter().map(|slot| slot.oldest.load(Ordering::SeqCst)).min().unwrap_or(NO_PIN)
+        slots
+            .iter()
+            .map(|slot| slot.oldest.load(Ordering::SeqCst))
+            .min()
+            .unwrap_or(NO_PIN)
     }
 }
 
@@ -119,12 +123,18 @@ impl PinTable {
             Some((clock, count)) if *clock == now => *count += 1,
             _ => batches.push_back((now, 1)),
         }
-        PinGuard { table: Rc::clone(self), clock: now }
+        PinGuard {
+            table: Rc::clone(self),
+            clock: now,
+        }
     }
 
     fn share(&self, clock: u64) {
         let mut batches = self.batches.borrow_mut();
-        let batch = batches.iter_mut().rev().find(|(batch_clock, _)| *batch_clock == clock);
+        let batch = batches
+            .iter_mut()
+            .rev()
+            .find(|(batch_clock, _)| *batch_clock == clock);
         match batch {
             Some((_, count)) => *count += 1,
             None => unreachable!("a live pin of clock {clock:#x} has its batch"),
@@ -133,7 +143,9 @@ impl PinTable {
 
     fn release(&self, clock: u64) {
         let mut batches = self.batches.borrow_mut();
-        if let Some((_, count)) = batches.iter_mut().find(|(batch_clock, _)| *batch_clock == clock)
+        if let Some((_, count)) = batches
+            .iter_mut()
+            .find(|(batch_clock, _)| *batch_clock == clock)
         {
             *count -= 1;
         }
@@ -143,7 +155,9 @@ impl PinTable {
             moved = true;
         }
         if moved {
-            let oldest = batches.front().map_or(NO_PIN, |(batch_clock, _)| *batch_clock);
+            let oldest = batches
+                .front()
+                .map_or(NO_PIN, |(batch_clock, _)| *batch_clock);
             self.slot.oldest.store(oldest, Ordering::Release);
         }
     }
@@ -170,7 +184,10 @@ impl PinGuard {
     #[inline]
     pub fn share(&self) -> Self {
         self.table.share(self.clock);
-        Self { table: Rc::clone(&self.table), clock: self.clock }
+        Self {
+            table: Rc::clone(&self.table),
+            clock: self.clock,
+        }
     }
 
     /// The generation that this request works in.

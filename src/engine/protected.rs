@@ -29,8 +29,12 @@ impl Protected {
 
     /// Does `clusters` touch a protected range?
     pub(crate) fn overlaps(&self, clusters: &Range<u64>) -> bool {
-        let after = self.ranges.partition_point(|range| range.end <= clusters.start);
-        self.ranges.get(after).is_some_and(|range| range.start < clusters.end)
+        let after = self
+            .ranges
+            .partition_point(|range| range.end <= clusters.start);
+        self.ranges
+            .get(after)
+            .is_some_and(|range| range.start < clusters.end)
     }
 
     /// The gap between protected ranges around `cluster`: `None` if it is protected itself.
@@ -41,7 +45,10 @@ impl Protected {
             Some(range) => range.start,
             None => u64::MAX,
         };
-        let start = after.checked_sub(1).and_then(|i| self.ranges.get(i)).map_or(0, |r| r.end);
+        let start = after
+            .checked_sub(1)
+            .and_then(|i| self.ranges.get(i))
+            .map_or(0, |r| r.end);
         Some(start..end)
     }
 
@@ -66,8 +73,12 @@ impl Protected {
     /// The protected ranges that touch `clusters`.
     pub(crate) fn within(&self, clusters: &Range<u64>) -> impl Iterator<Item = &Range<u64>> {
         let end = clusters.end;
-        let after = self.ranges.partition_point(|range| range.end <= clusters.start);
-        self.ranges[after..].iter().take_while(move |range| range.start < end)
+        let after = self
+            .ranges
+            .partition_point(|range| range.end <= clusters.start);
+        self.ranges[after..]
+            .iter()
+            .take_while(move |range| range.start < end)
     }
 }
 

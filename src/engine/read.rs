@@ -1,9 +1,9 @@
 //! Reading on the slow path: whatever the fast path cannot resolve.
 
+use super::ImageEvent;
 use super::error::{Error, ErrorKind};
 use super::layer::{Layer, LayerKind, Mapping};
 use super::pin::PinGuard;
-use super::ImageEvent;
 use super::worker::Worker;
 use crate::format::l2::Cluster;
 use crate::storage::{AlignedBuf, SgList, Storage};
@@ -14,9 +14,18 @@ use crate::units::{GuestOffset, HostOffset, to_usize};
 pub(crate) enum Piece<'a> {
     Zero,
     /// Bytes of a layer's file.
-    Data { layer: &'a Layer, host_offset: u64 },
+    Data {
+        layer: &'a Layer,
+        host_offset: u64,
+    },
     /// Part of a compressed cluster.
-    Compressed { layer: &'a Layer, mapping: &'a Mapping, host: HostOffset, bytes: u64, inside: u64 },
+    Compressed {
+        layer: &'a Layer,
+        mapping: &'a Mapping,
+        host: HostOffset,
+        bytes: u64,
+        inside: u64,
+    },
 }
 
 impl<S: Storage> Worker<S> {
@@ -39,7 +48,9 @@ impl<S: Storage> Worker<S> {
                 self.mark_corrupt(&error.chain()).await;
             }
             Err(error) if error.kind() == ErrorKind::Failed => {
-                self.image.fail(ImageEvent::Failed { message: error.chain() });
+                self.image.fail(ImageEvent::Failed {
+                    message: error.chain(),
+                });
             }
             _ => {}
         }
@@ -65,14 +76,19 @@ impl<S: Storage> Worker<S> {
                             error,
                         )
                     })?,
-                Piece::Compressed { layer, mapping, host, bytes, inside } => {
+                Piece::Compressed {
+                    layer,
+                    mapping,
+                    host,
+                    bytes,
+                    inside,
+                } => {
                     let key = (layer.index, host.get());
                     let cached = self.decompressed.borrow().get(key);
                     let cluster = match cached {
                         Some(cluster) => cluster,
                         None => {
-                            let cluster =
-                                self.decompress(layer, mapping, host, bytes).await?;
+                            let cluster = self.decompress(layer, mapping, host, bytes).await?;
                             self.decompressed.borrow_mut().insert(key, cluster)
                         }
                     };
@@ -113,21 +129,26 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Resolves the first piece of a range, through the backing chain.
-    pub(crate) async fn resolve(
-        &self,
-        position: u64,
-        len: u64,
-    ) -> Result<(Piece<'_>, u64), Error> {
+    pub(crate) async fn resolve(&self, position: u64, len: u64) -> Result<(Piece<'_>, u64), Error> {
         let mut left = len;
         for layer in &self.image.layers {
-            let Some(inside) = layer.size.checked_sub(position).filter(|inside| *inside > 0)
+            let Some(inside) = layer
+                .size
+                .checked_sub(position)
+                .filter(|inside| *inside > 0)
             else {
                 return Ok((Piece::Zero, left));
             };
             left = left.min(inside);
             let mapping = match &layer.kind {
                 LayerKind::Raw => {
-                    return Ok((Piece::Data { layer, host_offset: position }, left));
+                    return Ok((
+                        Piece::Data {
+                            layer,
+                            host_offset: position,
+                        },
+                        left,
+                    ));
                 }
                 LayerKind::Qcow2(mapping) => mapping,
             };
@@ -136,7 +157,11 @@ impl<S: Storage> Worker<S> {
                 // The active image is sound when its backing file is not.
                 ErrorKind::Corrupt if layer.index > 0 => Error::new(
                     ErrorKind::Io,
-                    format!("layer {} of the backing chain: {}", layer.index, error.chain()),
+                    format!(
+                        "layer {} of the backing chain: {}",
+                        layer.index,
+                        error.chain()
+                    ),
                 ),
                 _ => error,
             })?;
@@ -173,15 +198,17 @@ impl<S: Storage> Worker<S> {
         let mut next = place.index + 1;
         while run < len && next < slice.body.len() {
             let guest = GuestOffset::new(position + run);
-            let cluster = match mapping.cluster(guest, slice.body.entry(next)) {
-                Ok(cluster) => cluster,
-                // Its own turn will tell.
-                Err(_) => break,
+            // A bad entry ends the run; its own turn will tell.
+            let Ok(cluster) = mapping.cluster(guest, slice.body.entry(next)) else {
+                break;
             };
             let follows = match (first, cluster) {
-                (Cluster::Standard { host, .. }, Cluster::Standard { host: next_host, .. }) => {
-                    next_host == host + (inside + run)
-                }
+                (
+                    Cluster::Standard { host, .. },
+                    Cluster::Standard {
+                        host: next_host, ..
+                    },
+                ) => next_host == host + (inside + run),
                 (Cluster::Unallocated, Cluster::Unallocated)
                 | (
                     Cluster::ZeroPlain | Cluster::ZeroAllocated { .. },
@@ -198,12 +225,17 @@ impl<S: Storage> Worker<S> {
         let piece = match first {
             Cluster::Unallocated => None,
             Cluster::ZeroPlain | Cluster::ZeroAllocated { .. } => Some(Piece::Zero),
-            Cluster::Standard { host, .. } => {
-                Some(Piece::Data { layer, host_offset: host.get() + inside })
-            }
-            Cluster::Compressed { host, bytes } => {
-                Some(Piece::Compressed { layer, mapping, host, bytes, inside })
-            }
+            Cluster::Standard { host, .. } => Some(Piece::Data {
+                layer,
+                host_offset: host.get() + inside,
+            }),
+            Cluster::Compressed { host, bytes } => Some(Piece::Compressed {
+                layer,
+                mapping,
+                host,
+                bytes,
+                inside,
+            }),
         };
         Ok((piece, run))
     }

@@ -54,7 +54,9 @@ impl<S: Storage> Worker<S> {
 
     /// Links an empty table, unless somebody else was quicker.
     async fn make_table(&self, target: Target<'_>, l1_index: usize) -> Result<(), Error> {
-        let Target { mapping, active, .. } = target;
+        let Target {
+            mapping, active, ..
+        } = target;
         let index = to_u64(l1_index);
         let _taken = match active.taken_tables.try_take(index..index + 1) {
             Ok(taken) => taken,
@@ -77,18 +79,27 @@ impl<S: Storage> Worker<S> {
     /// A cluster that is counted and reads as zeroes, with its blocks on the host allocated, so
     /// that writing the table back later does not run out of space.
     async fn new_table_cluster(&self, target: Target<'_>) -> Result<HostOffset, Error> {
-        let Target { layer, mapping, active } = target;
+        let Target {
+            layer,
+            mapping,
+            active,
+        } = target;
         let run = self.allocate(active, 1).await?;
         let host = active.allocator.offset(run.start);
         let cluster_size = mapping.geometry.cluster_size();
         let zeroed = if keeps!(ZeroNewTable) {
-            self.storage.write_zeroes(layer.file, host.get(), cluster_size, false).await
+            self.storage
+                .write_zeroes(layer.file, host.get(), cluster_size, false)
+                .await
         } else {
             Ok(())
         };
         if let Err(error) = zeroed {
             active.allocator.give_back(run.start, 1);
-            return Err(Error::io(format!("cannot initialise the L2 table at {host}"), error));
+            return Err(Error::io(
+                format!("cannot initialise the L2 table at {host}"),
+                error,
+            ));
         }
         if let Err(error) = active.allocator.publish(&self.storage, run.start, 1).await {
             active.allocator.give_back(run.start, 1);
@@ -115,7 +126,11 @@ impl<S: Storage> Worker<S> {
         l1_index: usize,
         old: HostOffset,
     ) -> Result<(), Error> {
-        let Target { layer, mapping, active } = target;
+        let Target {
+            layer,
+            mapping,
+            active,
+        } = target;
         let index = to_u64(l1_index);
         let _taken = match active.taken_tables.try_take(index..index + 1) {
             Ok(taken) => taken,
@@ -131,7 +146,11 @@ impl<S: Storage> Worker<S> {
         let mut old_slices = Vec::new();
         let mut at = 0;
         while at < mapping.geometry.cluster_size() {
-            let place = EntryPlace { l1_index, slice_in_table: at, index: 0 };
+            let place = EntryPlace {
+                l1_index,
+                slice_in_table: at,
+                index: 0,
+            };
             old_slices.push(self.slice(layer, mapping, old, &place).await?);
             at += mapping.slice_bytes();
         }
@@ -157,7 +176,11 @@ impl<S: Storage> Worker<S> {
                 l1.modified.push(l1_index);
                 self.store_l1(target, l1_index, host);
                 let start = mapping.geometry.host_cluster(old).get();
-                active.drop_clusters(Dropped { start, count: 1, tables: true });
+                active.drop_clusters(Dropped {
+                    start,
+                    count: 1,
+                    tables: true,
+                });
             }
             drop(guards);
             valid
@@ -168,7 +191,10 @@ impl<S: Storage> Worker<S> {
         if !copied {
             let epoch = self.image.board.end_epoch();
             let cluster = mapping.geometry.host_cluster(host).get();
-            active.allocator.release(&self.storage, cluster, 1, epoch, true).await?;
+            active
+                .allocator
+                .release(&self.storage, cluster, 1, epoch, true)
+                .await?;
         }
         Ok(())
     }
@@ -203,5 +229,9 @@ impl<S: Storage> Worker<S> {
 /// An entry as it stands in a table whose clusters are shared. A compressed entry has no copied
 /// flag: its bit 63 is 0 already.
 fn shared(entry: L2Entry) -> L2Entry {
-    if entry.is_compressed() { entry } else { entry.with_copied(false) }
+    if entry.is_compressed() {
+        entry
+    } else {
+        entry.with_copied(false)
+    }
 }

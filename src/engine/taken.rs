@@ -35,7 +35,11 @@ impl Taken {
         let event = Arc::new(Event::new());
         if !keeps!(TakeBeforeChange) {
             let clusters = clusters.start..clusters.start;
-            return Ok(TakenGuard { taken: Arc::clone(self), clusters, event });
+            return Ok(TakenGuard {
+                taken: Arc::clone(self),
+                clusters,
+                event,
+            });
         }
         for cluster in clusters.clone() {
             let mut shard = lock(self.shard(cluster));
@@ -47,7 +51,11 @@ impl Taken {
             }
             shard.insert(cluster, Arc::clone(&event));
         }
-        Ok(TakenGuard { taken: Arc::clone(self), clusters, event })
+        Ok(TakenGuard {
+            taken: Arc::clone(self),
+            clusters,
+            event,
+        })
     }
 
     fn give_back(&self, clusters: Range<u64>, event: &Event) {

@@ -106,7 +106,9 @@ impl<S: Storage> Worker<S> {
         if !self.image.contains(offset, len) {
             return Fast::Slow;
         }
-        let Ok(mut directory) = self.directory.try_borrow_mut() else { return Fast::Slow };
+        let Ok(mut directory) = self.directory.try_borrow_mut() else {
+            return Fast::Slow;
+        };
         let end = offset.get() + len;
         let mut position = offset.get();
         while position < end {
@@ -147,15 +149,27 @@ impl<S: Storage> Worker<S> {
         if !self.image.contains(offset, len) || !self.image.may_write_in_place() {
             return Fast::Slow;
         }
-        let Some(active) = self.image.layers.first() else { return Fast::Slow };
+        let Some(active) = self.image.layers.first() else {
+            return Fast::Slow;
+        };
         let mapping = match &active.kind {
             LayerKind::Raw => {
-                let whole = Extent::Data { file: active.file, host_offset: offset.get(), len };
-                return if out.push(whole) { Fast::Ready } else { Fast::Slow };
+                let whole = Extent::Data {
+                    file: active.file,
+                    host_offset: offset.get(),
+                    len,
+                };
+                return if out.push(whole) {
+                    Fast::Ready
+                } else {
+                    Fast::Slow
+                };
             }
             LayerKind::Qcow2(mapping) => mapping,
         };
-        let Ok(mut directory) = self.directory.try_borrow_mut() else { return Fast::Slow };
+        let Ok(mut directory) = self.directory.try_borrow_mut() else {
+            return Fast::Slow;
+        };
         let end = offset.get() + len;
         let mut position = offset.get();
         while position < end {
@@ -169,10 +183,16 @@ impl<S: Storage> Worker<S> {
             let mut index = place.index;
             while position < end && index < slice.entry_count() {
                 let entry = slice.entry(index);
-                let Some(host) = in_place(entry) else { return Fast::Slow };
+                let Some(host) = in_place(entry) else {
+                    return Fast::Slow;
+                };
                 let inside = mapping.geometry.offset_in_cluster(position);
                 let len = (mapping.geometry.cluster_size() - inside).min(end - position);
-                let piece = Extent::Data { file: active.file, host_offset: host + inside, len };
+                let piece = Extent::Data {
+                    file: active.file,
+                    host_offset: host + inside,
+                    len,
+                };
                 if !out.push(piece) {
                     return Fast::Slow;
                 }
@@ -197,7 +217,11 @@ impl<S: Storage> Worker<S> {
         let key = layer.slice_key(table, place);
         let body = self.slice_by_key(layer, mapping, key).await?;
         let ticket = self.directory.borrow_mut().pin(&body);
-        Ok(PinnedSlice { directory: &self.directory, body, ticket })
+        Ok(PinnedSlice {
+            directory: &self.directory,
+            body,
+            ticket,
+        })
     }
 
     async fn slice_by_key(
@@ -213,26 +237,30 @@ impl<S: Storage> Worker<S> {
             match self.image.store.look_up(key) {
                 Lookup::Live(body) => {
                     let kept = Arc::clone(&body);
-                    self.directory.borrow_mut().install(kept, mapping.slice_bits);
+                    self.directory
+                        .borrow_mut()
+                        .install(kept, mapping.slice_bits);
                     return Ok(body);
                 }
                 Lookup::Loading(listener) => listener.await,
                 Lookup::Absent(ticket) => {
                     let host_offset = key.host_offset();
                     let buf = AlignedBuf::zeroed(to_usize(mapping.slice_bytes()));
-                    let (read, buf) =
-                        self.storage.read_buf(layer.file, host_offset.get(), buf).await;
+                    let (read, buf) = self
+                        .storage
+                        .read_buf(layer.file, host_offset.get(), buf)
+                        .await;
                     read.map_err(|error| {
                         Error::io(format!("cannot read the L2 slice at {host_offset}"), error)
                     })?;
-                    let raw = |chunk: &[u8]| {
-                        chunk.try_into().map_or(0, u64::from_be_bytes)
-                    };
+                    let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
                     let suspicious = mapping.is_suspicious(buf.chunks_exact(8).map(raw));
                     let entries = buf.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
                     let body = Arc::new(SliceBody::new(key, entries, suspicious));
                     let kept = Arc::clone(&body);
-                    self.directory.borrow_mut().install(kept, mapping.slice_bits);
+                    self.directory
+                        .borrow_mut()
+                        .install(kept, mapping.slice_bits);
                     ticket.finish(Arc::clone(&body));
                     return Ok(body);
                 }
@@ -241,11 +269,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The part of the range from `position` on that lies in one slice, as (place, entries).
-    pub(crate) fn span(
-        mapping: &Mapping,
-        position: u64,
-        len: u64,
-    ) -> (EntryPlace, usize) {
+    pub(crate) fn span(mapping: &Mapping, position: u64, len: u64) -> (EntryPlace, usize) {
         let place = mapping.place(GuestOffset::new(position));
         let inside = mapping.geometry.offset_in_cluster(position);
         let clusters = to_usize((inside + len).div_ceil(mapping.geometry.cluster_size()));
@@ -287,7 +311,11 @@ fn step(layer: &Layer, directory: &mut Directory, position: u64, len: u64) -> St
     let len = len.min(inside_layer);
     let mapping = match &layer.kind {
         LayerKind::Raw => {
-            return Step::Extent(Extent::Data { file: layer.file, host_offset: position, len });
+            return Step::Extent(Extent::Data {
+                file: layer.file,
+                host_offset: position,
+                len,
+            });
         }
         LayerKind::Qcow2(mapping) => mapping,
     };
@@ -297,7 +325,9 @@ fn step(layer: &Layer, directory: &mut Directory, position: u64, len: u64) -> St
         let span = geometry.l2_table_span();
         return Step::Next(len.min(span - position % span));
     }
-    let Some(slice) = resident(layer, mapping, directory, &place) else { return Step::Slow };
+    let Some(slice) = resident(layer, mapping, directory, &place) else {
+        return Step::Slow;
+    };
     let inside = geometry.offset_in_cluster(position);
     let run = (geometry.cluster_size() - inside).min(len);
     match slice.entry(place.index).decode(geometry, mapping.version) {

@@ -65,7 +65,10 @@ impl<S: Storage> Worker<S> {
         match self.image.state() {
             State::Ready => return Ok(()),
             State::ReadOnly => {
-                return Err(Error::new(ErrorKind::ReadOnly, "the image is opened read-only"));
+                return Err(Error::new(
+                    ErrorKind::ReadOnly,
+                    "the image is opened read-only",
+                ));
             }
             State::Failed => return Err(Image::failed_error()),
             State::Opened => {}
@@ -74,7 +77,10 @@ impl<S: Storage> Worker<S> {
             && active.clear_autoclear
         {
             // Whoever relies on these features (bitmaps) must see that others have written.
-            let cleared = active.header.update(&self.storage, |header| header.autoclear = 0).await;
+            let cleared = active
+                .header
+                .update(&self.storage, |header| header.autoclear = 0)
+                .await;
             self.seen(cleared).await?;
         }
         self.image.become_ready();
@@ -87,16 +93,27 @@ impl<S: Storage> Worker<S> {
         offset: u64,
         sg: &SgList,
     ) -> Result<(), Error> {
-        let Some(layer) = self.image.layers.first() else { return Ok(()) };
-        let (mapping, active) = match (&layer.kind, &self.image.active) {
-            (LayerKind::Qcow2(mapping), Some(active)) => (mapping, active),
-            _ => return self.write_host(layer.file, offset, sg.slice(0, sg.len())).await,
+        let Some(layer) = self.image.layers.first() else {
+            return Ok(());
         };
-        let target = Target { layer, mapping, active };
+        let (LayerKind::Qcow2(mapping), Some(active)) = (&layer.kind, &self.image.active) else {
+            return self
+                .write_host(layer.file, offset, sg.slice(0, sg.len()))
+                .await;
+        };
+        let target = Target {
+            layer,
+            mapping,
+            active,
+        };
         let mut done = 0;
         while done < sg.len() {
-            let span = self.look(target, pin, offset + done, sg.len() - done).await?;
-            done += self.write_span(&span, offset + done, &sg.slice(done, sg.len() - done)).await?;
+            let span = self
+                .look(target, pin, offset + done, sg.len() - done)
+                .await?;
+            done += self
+                .write_span(&span, offset + done, &sg.slice(done, sg.len() - done))
+                .await?;
             drop(span);
             self.relieve().await?;
         }
@@ -110,9 +127,15 @@ impl<S: Storage> Worker<S> {
         sg: SgList,
     ) -> Result<(), Error> {
         let len = sg.len();
-        self.storage.write(file, host_offset, sg).await.map_err(|error| {
-            Error::io(format!("cannot write {len:#x} bytes at {host_offset:#x}"), error)
-        })
+        self.storage
+            .write(file, host_offset, sg)
+            .await
+            .map_err(|error| {
+                Error::io(
+                    format!("cannot write {len:#x} bytes at {host_offset:#x}"),
+                    error,
+                )
+            })
     }
 
     /// Finds the entries of the part of a range that lies in one slice of an owned table.
@@ -126,11 +149,22 @@ impl<S: Storage> Worker<S> {
         let (place, count) = Self::span(target.mapping, position, len);
         let generation = pin.generation();
         let table = self.owned_table(target, place.l1_index, generation).await?;
-        let slice = self.slice(target.layer, target.mapping, table, &place).await?;
-        let entries =
-            (place.index..place.index + count).map(|index| slice.body.entry(index)).collect();
+        let slice = self
+            .slice(target.layer, target.mapping, table, &place)
+            .await?;
+        let entries = (place.index..place.index + count)
+            .map(|index| slice.body.entry(index))
+            .collect();
         let start = target.mapping.geometry.cluster_align_down(position);
-        Ok(Span { target, generation, table, place, slice, start, entries })
+        Ok(Span {
+            target,
+            generation,
+            table,
+            place,
+            slice,
+            start,
+            entries,
+        })
     }
 
     /// Writes as much as one step can; returns how many bytes (0: look again).
@@ -153,7 +187,8 @@ impl<S: Storage> Worker<S> {
                 clusters += 1;
             }
             let len = (to_u64(clusters) * cluster_size - inside).min(sg.len());
-            self.write_host(span.target.layer.file, host + inside, sg.slice(0, len)).await?;
+            self.write_host(span.target.layer.file, host + inside, sg.slice(0, len))
+                .await?;
             return Ok(len);
         }
         if let Cluster::ZeroAllocated { host, copied: true } = first {
@@ -182,13 +217,17 @@ impl<S: Storage> Worker<S> {
         inside: u64,
         sg: &SgList,
     ) -> Result<u64, Error> {
-        let Some(_taken) = self.take(span, 1).await else { return Ok(0) };
+        let Some(_taken) = self.take(span, 1).await else {
+            return Ok(0);
+        };
         let cluster_size = span.target.mapping.geometry.cluster_size();
         let mut whole = SgList::zeroes(inside);
         whole.append(sg.slice(0, sg.len()));
         whole.append(SgList::zeroes(cluster_size - inside - sg.len()));
-        self.write_host(span.target.layer.file, host.get(), whole).await?;
-        self.link(span, 1, |_, _| Some(L2Entry::standard(host, true))).await?;
+        self.write_host(span.target.layer.file, host.get(), whole)
+            .await?;
+        self.link(span, 1, |_, _| Some(L2Entry::standard(host, true)))
+            .await?;
         Ok(sg.len())
     }
 
@@ -200,26 +239,37 @@ impl<S: Storage> Worker<S> {
         inside: u64,
         sg: &SgList,
     ) -> Result<u64, Error> {
-        let Some(mut taken) = self.take(span, clusters).await else { return Ok(0) };
+        let Some(mut taken) = self.take(span, clusters).await else {
+            return Ok(0);
+        };
         let allocator = &span.target.active.allocator;
         let run = self.allocate(span.target.active, to_u64(clusters)).await?;
         taken.truncate(run.count);
-        let reserved = Reserved { active: span.target.active, run, armed: true };
+        let reserved = Reserved {
+            active: span.target.active,
+            run,
+            armed: true,
+        };
         let cluster_size = span.target.mapping.geometry.cluster_size();
         let bytes = run.count * cluster_size;
         let len = (bytes - inside).min(sg.len());
         let host = allocator.offset(run.start);
-        let (start, data) = self.surround(span, inside, bytes, run.fresh, sg.slice(0, len)).await?;
+        let (start, data) = self
+            .surround(span, inside, bytes, run.fresh, sg.slice(0, len))
+            .await?;
         let file = span.target.layer.file;
-        let linked =
-            |index, _| Some(L2Entry::standard(host + to_u64(index) * cluster_size, true));
+        let linked = |index, _| Some(L2Entry::standard(host + to_u64(index) * cluster_size, true));
         if keeps!(DataBeforeLink) {
             self.write_host(file, host.get() + start, data).await?;
-            allocator.publish(&self.storage, run.start, run.count).await?;
+            allocator
+                .publish(&self.storage, run.start, run.count)
+                .await?;
             reserved.disarm();
             self.link(span, to_usize(run.count), linked).await?;
         } else {
-            allocator.publish(&self.storage, run.start, run.count).await?;
+            allocator
+                .publish(&self.storage, run.start, run.count)
+                .await?;
             reserved.disarm();
             self.link(span, to_usize(run.count), linked).await?;
             self.write_host(file, host.get() + start, data).await?;
@@ -285,11 +335,20 @@ impl<S: Storage> Worker<S> {
         let _state = body.lock();
         let first = span.place.index;
         let found = span.entries.iter().take(count).enumerate();
-        if !span.is_current() || found.clone().any(|(i, entry)| body.entry(first + i) != *entry) {
+        if !span.is_current()
+            || found
+                .clone()
+                .any(|(i, entry)| body.entry(first + i) != *entry)
+        {
             return Take::Stale;
         }
         let cluster = span.start >> span.target.mapping.geometry.cluster_bits();
-        match span.target.active.taken.try_take(cluster..cluster + to_u64(count)) {
+        match span
+            .target
+            .active
+            .taken
+            .try_take(cluster..cluster + to_u64(count))
+        {
             Ok(taken) => Take::Taken(taken),
             Err(listener) => Take::Wait(listener),
         }
@@ -311,7 +370,9 @@ impl<S: Storage> Worker<S> {
             // changed but for its copied flags.
             let Target { layer, mapping, .. } = span.target;
             let generation = self.generation();
-            let table = self.owned_table(span.target, span.place.l1_index, generation).await?;
+            let table = self
+                .owned_table(span.target, span.place.l1_index, generation)
+                .await?;
             let slice = self.slice(layer, mapping, table, &span.place).await?;
             let again = Span {
                 target: span.target,
@@ -335,7 +396,9 @@ impl<S: Storage> Worker<S> {
         count: usize,
         change: &impl Fn(usize, Cluster) -> Option<L2Entry>,
     ) -> Result<bool, Error> {
-        let Target { mapping, active, .. } = span.target;
+        let Target {
+            mapping, active, ..
+        } = span.target;
         let mut state = body.lock();
         if !span.is_current() {
             return Ok(false);
@@ -343,9 +406,12 @@ impl<S: Storage> Worker<S> {
         for index in 0..count {
             let at = span.place.index + index;
             let old = body.entry(at);
-            let guest = GuestOffset::new(span.start + to_u64(index) * mapping.geometry.cluster_size());
+            let guest =
+                GuestOffset::new(span.start + to_u64(index) * mapping.geometry.cluster_size());
             let cluster = mapping.cluster(guest, old)?;
-            let Some(entry) = change(index, cluster) else { continue };
+            let Some(entry) = change(index, cluster) else {
+                continue;
+            };
             if entry == old {
                 continue;
             }
@@ -380,7 +446,11 @@ impl<S: Storage> Worker<S> {
                 .await?;
             self.image.follow_end();
         }
-        let run = Run { start: extent.start, count: count.min(extent.count), fresh: extent.fresh };
+        let run = Run {
+            start: extent.start,
+            count: count.min(extent.count),
+            fresh: extent.fresh,
+        };
         extent.start += run.count;
         extent.count -= run.count;
         // Another request of this worker may have put an extent there while this one waited.
@@ -408,7 +478,9 @@ impl Span<'_, '_> {
 
     /// L1 still names the table, it is ours, and the body is the live one. The slice lock is held.
     fn is_current(&self) -> bool {
-        let Target { mapping, active, .. } = self.target;
+        let Target {
+            mapping, active, ..
+        } = self.target;
         active.is_owned(self.place.l1_index, self.generation)
             && mapping.l1_entry(self.place.l1_index).table_offset() == Some(self.table)
             && !self.slice.body.is_retired()
@@ -431,7 +503,9 @@ impl Reserved<'_> {
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.active.allocator.give_back(self.run.start, self.run.count);
+            self.active
+                .allocator
+                .give_back(self.run.start, self.run.count);
         }
     }
 }

@@ -390,7 +390,10 @@ mod tests {
         assert!(Extension::decode(MAGIC_BACKING_FORMAT, &[b'x'; 15]).is_ok());
         assert_eq!(
             Extension::decode(MAGIC_BACKING_FORMAT, &[b'x'; 16]),
-            Err(FormatError::BackingFormatTooLong { length: 16, limit: 15 })
+            Err(FormatError::BackingFormatTooLong {
+                length: 16,
+                limit: 15
+            })
         );
     }
 

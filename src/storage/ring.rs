@@ -528,8 +528,10 @@ impl Core {
     /// the kernel's: submitting it would do the copy at once, one after the other.
     #[inline]
     fn is_long_copy(&self, id: FileId, index: usize) -> bool {
-        let buffered =
-            self.files.get(usize::from(id.0)).is_some_and(|entry| !entry.file.mode().direct);
+        let buffered = self
+            .files
+            .get(usize::from(id.0))
+            .is_some_and(|entry| !entry.file.mode().direct);
         let segments = &self.slots[index].iovs;
         buffered && segments.iter().map(|iov| iov.iov_len).sum::<usize>() >= LONG_COPY_BYTES
     }

@@ -104,7 +104,11 @@ impl Blocks {
 
     /// The raw table entry; 0 where there is no block.
     pub(super) fn table_entry(&self, block: u64) -> u64 {
-        usize::try_from(block).ok().and_then(|i| self.table.get(i)).copied().unwrap_or(0)
+        usize::try_from(block)
+            .ok()
+            .and_then(|i| self.table.get(i))
+            .copied()
+            .unwrap_or(0)
     }
 
     /// How many blocks the table can name.
@@ -121,7 +125,10 @@ impl Blocks {
         let order = self.geometry.refcount_order();
         let resident = self.resident.get_mut(block)?;
         resident.visited = true;
-        Some(Counts { data: &mut resident.data, order })
+        Some(Counts {
+            data: &mut resident.data,
+            order,
+        })
     }
 
     /// The counts of a resident block, which is modified from now on.
@@ -133,10 +140,17 @@ impl Blocks {
             resident.modified = true;
             self.modified.push(block);
         }
-        if let Some(unnamed) = self.unnamed.iter_mut().find(|unnamed| unnamed.block == block) {
+        if let Some(unnamed) = self
+            .unnamed
+            .iter_mut()
+            .find(|unnamed| unnamed.block == block)
+        {
             unnamed.used = true;
         }
-        Some(Counts { data: &mut resident.data, order })
+        Some(Counts {
+            data: &mut resident.data,
+            order,
+        })
     }
 
     fn insert(&mut self, block: u64, data: AlignedBytes) {
@@ -147,17 +161,31 @@ impl Blocks {
                 if keep { Verdict::Keep } else { Verdict::Evict }
             });
         }
-        self.resident
-            .insert(block, Block { data, modified: false, writing: 0, visited: true });
+        self.resident.insert(
+            block,
+            Block {
+                data,
+                modified: false,
+                writing: 0,
+                visited: true,
+            },
+        );
     }
 
     /// Takes in a block that growth has written to the file.
     pub(super) fn add_unnamed(&mut self, block: u64, host_offset: u64, data: AlignedBytes) {
-        if let Some(entry) = usize::try_from(block).ok().and_then(|i| self.table.get_mut(i)) {
+        if let Some(entry) = usize::try_from(block)
+            .ok()
+            .and_then(|i| self.table.get_mut(i))
+        {
             *entry = host_offset;
         }
         self.insert(block, data);
-        self.unnamed.push(Unnamed { block, durable: false, used: false });
+        self.unnamed.push(Unnamed {
+            block,
+            durable: false,
+            used: false,
+        });
     }
 
     /// A longer table took the place of this one, with every block of it named and durable.
@@ -195,12 +223,19 @@ impl Allocator {
             };
             listener.await;
         };
-        let loading = Loading { allocator: self, block };
+        let loading = Loading {
+            allocator: self,
+            block,
+        };
         let cluster_size = usize::try_from(self.geometry.cluster_size()).unwrap_or(usize::MAX);
-        let (read, buf) =
-            storage.read_buf(self.file, host_offset, AlignedBuf::zeroed(cluster_size)).await;
+        let (read, buf) = storage
+            .read_buf(self.file, host_offset, AlignedBuf::zeroed(cluster_size))
+            .await;
         read.map_err(|error| {
-            Error::io(format!("cannot read the refcount block at {host_offset:#x}"), error)
+            Error::io(
+                format!("cannot read the refcount block at {host_offset:#x}"),
+                error,
+            )
         })?;
         lock(&self.state).blocks.insert(block, Box::from(&buf[..]));
         drop(loading);
@@ -211,7 +246,7 @@ impl Allocator {
         let cluster_size = self.geometry.cluster_size();
         let fault = if host_offset == 0 {
             "is missing"
-        } else if host_offset % cluster_size != 0 {
+        } else if !host_offset.is_multiple_of(cluster_size) {
             "is not aligned to a cluster"
         } else if host_offset / cluster_size >= end {
             "lies beyond the end of the file"
@@ -236,7 +271,11 @@ impl Allocator {
             if let Some(resident) = blocks.resident.get_mut(block) {
                 resident.modified = false;
                 resident.writing += 1;
-                copies.push(BlockCopy { block, host_offset, bytes: resident.data.clone() });
+                copies.push(BlockCopy {
+                    block,
+                    host_offset,
+                    bytes: resident.data.clone(),
+                });
             }
         }
         let names = blocks
@@ -289,7 +328,11 @@ struct Loading<'a> {
 
 impl Drop for Loading<'_> {
     fn drop(&mut self) {
-        if let Some(event) = lock(&self.allocator.state).blocks.loading.remove(&self.block) {
+        if let Some(event) = lock(&self.allocator.state)
+            .blocks
+            .loading
+            .remove(&self.block)
+        {
             event.notify(usize::MAX);
         }
     }

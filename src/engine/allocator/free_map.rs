@@ -16,7 +16,10 @@ struct FreeMap {
 impl FreeMap {
     fn position(&self, cluster: u64) -> (usize, u64) {
         let bit = cluster - self.base;
-        (usize::try_from(bit / 64).unwrap_or(usize::MAX), 1 << (bit % 64))
+        (
+            usize::try_from(bit / 64).unwrap_or(usize::MAX),
+            1 << (bit % 64),
+        )
     }
 
     fn set(&mut self, cluster: u64) {
@@ -24,7 +27,11 @@ impl FreeMap {
         if word >= self.words.len() {
             self.words.resize(word + 1, 0);
         }
-        assert_eq!(self.words[word] & bit, 0, "host cluster {cluster:#x} is freed twice");
+        assert_eq!(
+            self.words[word] & bit,
+            0,
+            "host cluster {cluster:#x} is freed twice"
+        );
         self.words[word] |= bit;
         self.free += 1;
         self.first_word = self.first_word.min(word);
@@ -87,8 +94,12 @@ impl FreeMaps {
         clusters: Range<u64>,
         is_free: impl Fn(u64) -> bool,
     ) {
-        let mut map =
-            FreeMap { base: clusters.start, words: Vec::new(), free: 0, first_word: usize::MAX };
+        let mut map = FreeMap {
+            base: clusters.start,
+            words: Vec::new(),
+            free: 0,
+            first_word: usize::MAX,
+        };
         for cluster in clusters.filter(|cluster| is_free(*cluster)) {
             map.set(cluster);
         }
@@ -142,7 +153,9 @@ impl FreeMaps {
     }
 
     pub(super) fn is_free(&self, cluster: u64, entries: u64) -> bool {
-        self.maps.get(&(cluster / entries)).is_some_and(|map| map.is_set(cluster))
+        self.maps
+            .get(&(cluster / entries))
+            .is_some_and(|map| map.is_set(cluster))
     }
 
     /// Forgets free clusters from `start` on: the file no longer holds them.

@@ -63,7 +63,9 @@ impl Allocator {
         let plan = self.plan(start..end);
         self.extend_file(storage, end).await?;
         let len = (end - start) << self.geometry.cluster_bits();
-        storage.reserve(self.file, self.offset(start).get(), len).await;
+        storage
+            .reserve(self.file, self.offset(start).get(), len)
+            .await;
         self.write_blocks(storage, &plan.new_blocks, &[]).await?;
         // Blocks that exist already may count clusters of the chunk (leaks past the old end).
         let mut counted: Vec<u64> = plan.new_blocks.iter().map(|new| new.cluster).collect();
@@ -77,7 +79,9 @@ impl Allocator {
         let state = &mut *state;
         for new in &plan.new_blocks {
             let bytes = self.new_block_bytes(*new, &[]);
-            state.blocks.add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
+            state
+                .blocks
+                .add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
             lock(&self.protected).add(new.cluster..new.cluster + 1);
         }
         self.open_clusters(state, plan.clusters, |cluster| {
@@ -101,10 +105,11 @@ impl Allocator {
             let mut state = lock(&self.state);
             let knows = state.free.knows(block);
             // Evicted between loading and locking: load again.
-            let Some(counts) = state.blocks.get(block).filter(|_| knows) else { continue };
-            let is_counted = |cluster: &u64| {
-                counts.get(usize::try_from(cluster % entries).unwrap_or(0)) != 0
+            let Some(counts) = state.blocks.get(block).filter(|_| knows) else {
+                continue;
             };
+            let is_counted =
+                |cluster: &u64| counts.get(usize::try_from(cluster % entries).unwrap_or(0)) != 0;
             return Ok(part.filter(is_counted).collect());
         }
     }
@@ -117,10 +122,16 @@ impl Allocator {
         let mut new_blocks = Vec::new();
         for block in self.block_index(clusters.start)..=self.block_index(clusters.end - 1) {
             if state.blocks.table_entry(block) == 0 {
-                new_blocks.push(NewBlock { block, cluster: clusters.start.max(block * entries) });
+                new_blocks.push(NewBlock {
+                    block,
+                    cluster: clusters.start.max(block * entries),
+                });
             }
         }
-        Plan { clusters, new_blocks }
+        Plan {
+            clusters,
+            new_blocks,
+        }
     }
 
     async fn extend_file<S: Storage>(&self, storage: &S, end: u64) -> Result<(), Error> {
@@ -138,8 +149,8 @@ impl Allocator {
         let entries = self.geometry.refcount_block_entries();
         let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
         let mut bytes = vec![0; len].into_boxed_slice();
-        let own = [new.cluster..new.cluster + 1];
-        for range in own.iter().chain(counted) {
+        let own = new.cluster..new.cluster + 1;
+        for range in std::iter::once(&own).chain(counted) {
             let covered = new.block * entries..(new.block + 1) * entries;
             for cluster in range.start.max(covered.start)..range.end.min(covered.end) {
                 let index = usize::try_from(cluster % entries).unwrap_or(0);
@@ -158,9 +169,10 @@ impl Allocator {
         for new in new_blocks {
             let bytes = self.new_block_bytes(*new, counted);
             let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
-            storage.write(self.file, self.offset(new.cluster).get(), sg).await.map_err(
-                |error| Error::io("cannot write a new refcount block", error),
-            )?;
+            storage
+                .write(self.file, self.offset(new.cluster).get(), sg)
+                .await
+                .map_err(|error| Error::io("cannot write a new refcount block", error))?;
         }
         Ok(())
     }
@@ -204,7 +216,11 @@ impl Allocator {
         let per_cluster = self.geometry.cluster_size() / 8;
         let (mut table, old_offset, old_clusters) = {
             let state = lock(&self.state);
-            (state.blocks.table().to_vec(), state.table_offset, u64::from(state.table_clusters))
+            (
+                state.blocks.table().to_vec(),
+                state.table_offset,
+                u64::from(state.table_clusters),
+            )
         };
         // Twice as long, or enough to reach `start` with room for a chunk.
         let reach = (start + CHUNK_CLUSTERS_MIN).div_ceil(entries) + 1;
@@ -222,20 +238,27 @@ impl Allocator {
         let mut end = own.end;
         let mut block = self.block_index(start);
         while block <= self.block_index(end - 1) {
-            new_blocks.push(NewBlock { block, cluster: end });
+            new_blocks.push(NewBlock {
+                block,
+                cluster: end,
+            });
             end += 1;
             block += 1;
         }
         if end > device_clusters {
             return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
         }
-        let counted = [own.start..end];
+        let counted = own.start..end;
         self.extend_file(storage, end).await?;
-        self.write_blocks(storage, &new_blocks, &counted).await?;
+        self.write_blocks(storage, &new_blocks, std::slice::from_ref(&counted))
+            .await?;
         let table_len = usize::try_from(table_clusters * per_cluster).unwrap_or(usize::MAX);
         table.resize(table_len, 0);
         for new in &new_blocks {
-            if let Some(entry) = usize::try_from(new.block).ok().and_then(|i| table.get_mut(i)) {
+            if let Some(entry) = usize::try_from(new.block)
+                .ok()
+                .and_then(|i| table.get_mut(i))
+            {
                 *entry = self.offset(new.cluster).get();
             }
         }
@@ -243,12 +266,13 @@ impl Allocator {
         let table_offset = self.offset(start).get();
         let fault = |error| Error::io("cannot write a longer refcount table", error);
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
-        storage.write(self.file, table_offset, sg).await.map_err(fault)?;
+        storage
+            .write(self.file, table_offset, sg)
+            .await
+            .map_err(fault)?;
         // A failed sync may have lost what guests were told is written.
         if keeps!(TableBeforeHeader) {
-            storage.sync_data(self.file).await.map_err(|error| {
-                Error::failed("cannot make a longer refcount table durable", error)
-            })?;
+            self.header.sync_data(storage).await?;
         }
         let clusters_word = u32::try_from(table_clusters).unwrap_or(u32::MAX);
         self.header
@@ -264,7 +288,7 @@ impl Allocator {
             state.table_offset = table_offset;
             state.table_clusters = clusters_word;
             for new in &new_blocks {
-                let bytes = self.new_block_bytes(*new, &counted);
+                let bytes = self.new_block_bytes(*new, std::slice::from_ref(&counted));
                 state.blocks.insert_named(new.block, bytes);
             }
             lock(&self.protected).add(own.start..end);
@@ -274,7 +298,8 @@ impl Allocator {
         let old_start = old_offset >> self.geometry.cluster_bits();
         lock(&self.protected).remove(&(old_start..old_start + old_clusters));
         let epoch = self.board.end_epoch();
-        self.release(storage, old_start, old_clusters, epoch, false).await
+        self.release(storage, old_start, old_clusters, epoch, false)
+            .await
     }
 }
 

@@ -54,7 +54,11 @@ pub(crate) struct Run {
 
 impl Run {
     /// No clusters.
-    pub(crate) const EMPTY: Self = Self { start: 0, count: 0, fresh: false };
+    pub(crate) const EMPTY: Self = Self {
+        start: 0,
+        count: 0,
+        fresh: false,
+    };
 }
 
 /// What `open` knows about the file.
@@ -224,7 +228,11 @@ impl Allocator {
                     } else {
                         // Quarantined clusters that nobody uses any more come before growth.
                         reclaimed = true;
-                        if self.reclaim(storage).await { Ok(()) } else { self.grow(storage).await }
+                        if self.reclaim(storage).await {
+                            Ok(())
+                        } else {
+                            self.grow(storage).await
+                        }
                     };
                     drop(ending);
                     grown?;
@@ -261,7 +269,8 @@ impl Allocator {
             .await;
         if result.is_err() && published > 0 {
             // Blocks that were just modified are resident: this cannot fail.
-            self.update(storage, start, published, |_, _, _| Ok(0)).await?;
+            self.update(storage, start, published, |_, _, _| Ok(0))
+                .await?;
         }
         result
     }
@@ -295,7 +304,12 @@ impl Allocator {
                     }
                     _ => {
                         let start = cluster;
-                        quarantine.push_back(Quarantined { epoch, start, count: 1, tables });
+                        quarantine.push_back(Quarantined {
+                            epoch,
+                            start,
+                            count: 1,
+                            tables,
+                        });
                     }
                 }
             }
@@ -327,7 +341,9 @@ impl Allocator {
             let mut state = lock(&self.state);
             let state = &mut *state;
             // Evicted between loading and locking: load again.
-            let Some(mut counts) = state.blocks.modify(block) else { continue };
+            let Some(mut counts) = state.blocks.modify(block) else {
+                continue;
+            };
             for at in cluster..cluster + run {
                 let index = usize::try_from(at % entries).unwrap_or(0);
                 let value = change(at, counts.get(index), &mut state.quarantine)?;
@@ -342,13 +358,22 @@ impl Allocator {
     pub(crate) async fn reclaim<S: Storage>(&self, storage: &S) -> bool {
         let mut freed = false;
         loop {
-            let Quarantined { start, count, tables, .. } = {
+            let Quarantined {
+                start,
+                count,
+                tables,
+                ..
+            } = {
                 let mut state = lock(&self.state);
-                let Some(front) = state.quarantine.front() else { return freed };
+                let Some(front) = state.quarantine.front() else {
+                    return freed;
+                };
                 if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
                     return freed;
                 }
-                let Some(front) = state.quarantine.pop_front() else { return freed };
+                let Some(front) = state.quarantine.pop_front() else {
+                    return freed;
+                };
                 front
             };
             if tables {
@@ -360,7 +385,9 @@ impl Allocator {
             }
             if self.discard {
                 let len = count << self.geometry.cluster_bits();
-                let punched = storage.punch_hole(self.file, self.offset(start).get(), len).await;
+                let punched = storage
+                    .punch_hole(self.file, self.offset(start).get(), len)
+                    .await;
                 if let Err(error) = punched {
                     // The clusters are free all the same; only their blocks stay allocated.
                     log::warn!(
@@ -397,12 +424,15 @@ impl Allocator {
         let state = &mut *state;
         let clusters = block * entries..((block + 1) * entries).min(state.end);
         if named {
-            let Some(counts) = state.blocks.get(block) else { return Ok(()) };
+            let Some(counts) = state.blocks.get(block) else {
+                return Ok(());
+            };
             if !state.free.knows(block) {
                 let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
                 state.free.learn(block, clusters, |cluster| {
                     let index = usize::try_from(cluster % entries).unwrap_or(0);
-                    counts.get(index) == 0 && !protected.iter().any(|range| range.contains(&cluster))
+                    counts.get(index) == 0
+                        && !protected.iter().any(|range| range.contains(&cluster))
                 });
             }
         } else if !state.free.knows(block) {
@@ -432,7 +462,9 @@ impl Allocator {
                 .await
                 .map_err(|error| Error::io("cannot cut the unused end off the image", error))?;
             let mut state = lock(&self.state);
-            state.free.forget_from(used_end, self.geometry.refcount_block_entries());
+            state
+                .free
+                .forget_from(used_end, self.geometry.refcount_block_entries());
             state.end = used_end;
             state.fresh_from = state.fresh_from.min(used_end);
         }
@@ -464,7 +496,11 @@ impl State {
         if start + count > self.fresh_from {
             self.fresh_from = start + count;
         }
-        Some(Run { start, count, fresh })
+        Some(Run {
+            start,
+            count,
+            fresh,
+        })
     }
 
     /// The next block whose free clusters are not known, lowest first.

@@ -50,7 +50,10 @@ impl CacheCounters {
 /// Adds one to a counter that only this thread writes.
 #[inline]
 fn bump(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    counter.store(
+        counter.load(Ordering::Relaxed).wrapping_add(1),
+        Ordering::Relaxed,
+    );
 }
 
 /// A slice that a directory has found: the body, and a short way to its entries.
@@ -69,7 +72,11 @@ const _: () = assert!(size_of::<Option<CachedSlice>>() == 32);
 
 impl CachedSlice {
     fn new(body: Arc<SliceBody>) -> Self {
-        Self { key: body.key(), entries: body.shared_entries(), body }
+        Self {
+            key: body.key(),
+            entries: body.shared_entries(),
+            body,
+        }
     }
 
     /// The body, to keep it.
@@ -113,7 +120,12 @@ impl Directory {
         let count = slots.max(16).next_power_of_two();
         let mut table = Vec::new();
         table.resize_with(count, || None);
-        Self { slots: table, mask: count - 1, put_table: PutTable::default(), counters }
+        Self {
+            slots: table,
+            mask: count - 1,
+            put_table: PutTable::default(),
+            counters,
+        }
     }
 
     #[inline]
@@ -179,7 +191,11 @@ mod tests {
 
     fn body(host_offset: u64) -> Arc<SliceBody> {
         let entries = (0..512).map(|_| AtomicU64::new(0)).collect();
-        Arc::new(SliceBody::new(SliceKey::new(0, HostOffset::new(host_offset)), entries, false))
+        Arc::new(SliceBody::new(
+            SliceKey::new(0, HostOffset::new(host_offset)),
+            entries,
+            false,
+        ))
     }
 
     #[test]
@@ -190,8 +206,19 @@ mod tests {
         directory.install(Arc::clone(&first), 12);
         directory.install(Arc::clone(&second), 12);
         assert!(directory.get(second.key(), 12).is_some());
-        assert!(directory.get(first.key(), 12).is_some_and(|found| Arc::ptr_eq(found.body(), &first)));
-        assert_eq!(counters.stats(), CacheStats { hits: 1, misses: 0, put_table_hits: 1 });
+        assert!(
+            directory
+                .get(first.key(), 12)
+                .is_some_and(|found| Arc::ptr_eq(found.body(), &first))
+        );
+        assert_eq!(
+            counters.stats(),
+            CacheStats {
+                hits: 1,
+                misses: 0,
+                put_table_hits: 1
+            }
+        );
     }
 
     #[test]

@@ -43,7 +43,10 @@ pub(crate) struct PutTable {
 
 impl Default for PutTable {
     fn default() -> Self {
-        Self { entries: std::array::from_fn(|_| Entry::default()), victims: [0; SETS] }
+        Self {
+            entries: std::array::from_fn(|_| Entry::default()),
+            victims: [0; SETS],
+        }
     }
 }
 
@@ -59,7 +62,10 @@ impl PutTable {
     fn position(&self, key: SliceKey) -> Option<usize> {
         let start = Self::set(key) * WAYS;
         (start..start + WAYS).find(|&index| {
-            self.entries[index].body.as_ref().is_some_and(|body| body.key() == key)
+            self.entries[index]
+                .body
+                .as_ref()
+                .is_some_and(|body| body.key() == key)
         })
     }
 
@@ -87,7 +93,10 @@ impl PutTable {
                 entry.body = Some(body);
                 return Some(index);
             }
-            let same = entry.body.as_ref().is_some_and(|held| Arc::ptr_eq(held, &body));
+            let same = entry
+                .body
+                .as_ref()
+                .is_some_and(|held| Arc::ptr_eq(held, &body));
             return same.then_some(index);
         }
         let set = Self::set(key);

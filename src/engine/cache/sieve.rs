@@ -27,7 +27,12 @@ pub(crate) struct Sieve<V> {
 
 impl<V> Default for Sieve<V> {
     fn default() -> Self {
-        Self { slots: Vec::new(), index: HashMap::new(), free: Vec::new(), hand: 0 }
+        Self {
+            slots: Vec::new(),
+            index: HashMap::new(),
+            free: Vec::new(),
+            hand: 0,
+        }
     }
 }
 
@@ -37,11 +42,17 @@ impl<V> Sieve<V> {
     }
 
     pub(crate) fn get(&self, key: u64) -> Option<&V> {
-        self.slots.get(*self.index.get(&key)?)?.as_ref().map(|(_, value)| value)
+        self.slots
+            .get(*self.index.get(&key)?)?
+            .as_ref()
+            .map(|(_, value)| value)
     }
 
     pub(crate) fn get_mut(&mut self, key: u64) -> Option<&mut V> {
-        self.slots.get_mut(*self.index.get(&key)?)?.as_mut().map(|(_, value)| value)
+        self.slots
+            .get_mut(*self.index.get(&key)?)?
+            .as_mut()
+            .map(|(_, value)| value)
     }
 
     /// Inserts a value whose key is not there yet.
@@ -65,8 +76,14 @@ impl<V> Sieve<V> {
     /// Moves the hand until `judge` lets a value go, at most [`STEPS_MAX`] values far.
     pub(crate) fn evict(&mut self, mut judge: impl FnMut(&mut V) -> Verdict) -> Option<V> {
         for _ in 0..STEPS_MAX.min(self.slots.len()) {
-            self.hand = if self.hand + 1 < self.slots.len() { self.hand + 1 } else { 0 };
-            let Some((key, value)) = self.slots[self.hand].as_mut() else { continue };
+            self.hand = if self.hand + 1 < self.slots.len() {
+                self.hand + 1
+            } else {
+                0
+            };
+            let Some((key, value)) = self.slots[self.hand].as_mut() else {
+                continue;
+            };
             if judge(value) == Verdict::Evict {
                 let key = *key;
                 return self.remove(key);

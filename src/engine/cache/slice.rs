@@ -127,7 +127,9 @@ impl SliceBody {
 
     /// Retires the body if nobody needs it to stay. `false`: it stays.
     pub(crate) fn try_retire(&self) -> bool {
-        let Ok(state) = self.state.try_lock() else { return false };
+        let Ok(state) = self.state.try_lock() else {
+            return false;
+        };
         if state.modified || self.pins.load(Ordering::Acquire) > 0 {
             return false;
         }

@@ -70,7 +70,12 @@ impl Store {
                 self.make_room(&mut places);
                 let event = Arc::new(Event::new());
                 places.insert(key.get(), Place::Loading(Arc::clone(&event)));
-                Lookup::Absent(LoadTicket { store: Arc::clone(self), key, event, finished: false })
+                Lookup::Absent(LoadTicket {
+                    store: Arc::clone(self),
+                    key,
+                    event,
+                    finished: false,
+                })
             }
         }
     }

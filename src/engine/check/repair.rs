@@ -375,7 +375,10 @@ impl<S: Storage> Repairer<'_, '_, S> {
         self.source.sync().await?;
         self.header.refcount_table_offset = HostOffset::new(table_start * cluster_size);
         let Ok(table_clusters) = u32::try_from(table_clusters) else {
-            return Err(Error::new(ErrorKind::Unsupported, "the refcount table is too long"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the refcount table is too long",
+            ));
         };
         self.header.refcount_table_clusters = table_clusters;
         self.source.write_header(&self.header).await

@@ -160,6 +160,19 @@ fn every_sync_fails_once() {
     every_operation_fails_once(OpKind::Sync);
 }
 
+/// The header's `fdatasync` fails while a flush waits for its own: the flush must not succeed.
+#[test]
+fn a_sync_that_succeeds_beside_a_failed_one_makes_nothing_durable() {
+    let recipe = recipes().pop().expect("autoclear").1;
+    for seed in 100..160 {
+        for nth in 1..4 {
+            if let Err(violation) = run(recipe, seed, OpKind::Sync, nth, libc::EIO) {
+                panic!("Sync {nth}, SEED={seed}: {violation}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_change_of_length_fails_once() {
     every_operation_fails_once(OpKind::SetLen);

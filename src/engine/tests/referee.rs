@@ -5,13 +5,14 @@ use std::process::Command;
 use std::sync::Arc;
 
 use crate::engine::{Image, LayerFormat, LayerSpec, OpenOptions};
-use crate::storage::{
-    AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on,
-};
+use crate::storage::{AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on};
 use crate::units::{GuestOffset, to_usize};
 
 fn qemu_img(arguments: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(arguments).output().expect("qemu-img runs");
+    let output = Command::new("qemu-img")
+        .args(arguments)
+        .output()
+        .expect("qemu-img runs");
     let text = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
@@ -19,7 +20,14 @@ fn qemu_img(arguments: &[&str]) -> String {
 }
 
 fn storage(path: &Path) -> BlockingStorage {
-    let file = HostFile::open(path, OpenMode { write: true, direct: false }).expect("image opens");
+    let file = HostFile::open(
+        path,
+        OpenMode {
+            write: true,
+            direct: false,
+        },
+    )
+    .expect("image opens");
     BlockingStorage::new(vec![Arc::new(file)])
 }
 
@@ -27,8 +35,14 @@ fn storage(path: &Path) -> BlockingStorage {
 fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
     let mut random = fastrand::Rng::with_seed(seed);
     let storage = storage(path);
-    let specs = [LayerSpec { file: FileId(0), format: LayerFormat::Qcow2 }];
-    let options = OpenOptions { l2_cache_size: Some(64 << 10), ..OpenOptions::default() };
+    let specs = [LayerSpec {
+        file: FileId(0),
+        format: LayerFormat::Qcow2,
+    }];
+    let options = OpenOptions {
+        l2_cache_size: Some(64 << 10),
+        ..OpenOptions::default()
+    };
     let image = block_on(Image::open(&storage, &specs, &options)).expect("image opens");
     let worker = image.worker(storage);
     let sectors = model.len() as u64 / 512;
@@ -42,7 +56,9 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
         match random.u8(0..10) {
             0..=4 => {
                 let fill = random.u8(1..);
-                let bytes: Vec<u8> = (0..len).map(|n| fill.wrapping_add((n / 512).to_le_bytes()[0])).collect();
+                let bytes: Vec<u8> = (0..len)
+                    .map(|n| fill.wrapping_add((n / 512).to_le_bytes()[0]))
+                    .collect();
                 model[range].copy_from_slice(&bytes);
                 let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
                 block_on(worker.write(pin, guest, sg)).expect("write");
@@ -58,7 +74,10 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
                 block_on(worker.read(worker.pin(), guest, sg.slice(0, len))).expect("read");
                 let now = sg.to_vec();
                 for (old, new) in model[range].chunks_mut(512).zip(now.chunks(512)) {
-                    assert!(new == &*old || new.iter().all(|byte| *byte == 0), "{offset:#x}");
+                    assert!(
+                        new == &*old || new.iter().all(|byte| *byte == 0),
+                        "{offset:#x}"
+                    );
                     old.copy_from_slice(new);
                 }
             }
@@ -66,7 +85,10 @@ fn random_work(path: &Path, seed: u64, model: &mut [u8]) {
             _ => {
                 let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
                 block_on(worker.read(pin, guest, sg.slice(0, len))).expect("read");
-                assert!(sg.to_vec() == model[range], "seed {seed}: {len:#x} at {offset:#x}");
+                assert!(
+                    sg.to_vec() == model[range],
+                    "seed {seed}: {len:#x} at {offset:#x}"
+                );
             }
         }
     }
@@ -94,7 +116,16 @@ fn qemu_agrees_after_random_work_on_every_kind() {
             let path = directory.path().join("t.qcow2");
             let name = path.to_str().expect("text");
             let size = 8 * 1024 * 1024 + 512_usize;
-            qemu_img(&["create", "-q", "-f", "qcow2", "-o", kind[0], name, &size.to_string()]);
+            qemu_img(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                kind[0],
+                name,
+                &size.to_string(),
+            ]);
             let mut model = vec![0; size];
             random_work(&path, number as u64, &mut model);
             if snapshot {
@@ -105,7 +136,10 @@ fn qemu_agrees_after_random_work_on_every_kind() {
                 let raw = directory.path().join("snapshot.raw");
                 let raw_name = raw.to_str().expect("text");
                 qemu_img(&["convert", "-l", "one", "-O", "raw", name, raw_name]);
-                assert!(std::fs::read(&raw).expect("raw") == old, "snapshot of {kind:?}");
+                assert!(
+                    std::fs::read(&raw).expect("raw") == old,
+                    "snapshot of {kind:?}"
+                );
                 qemu_img(&["snapshot", "-d", "one", name]);
             }
             random_work(&path, 200 + number as u64, &mut model);
