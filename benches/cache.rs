@@ -24,11 +24,16 @@
 //!
 //! Patterns, all from fixed seeds and made before the clock runs: `chained` are hits in random
 //! order, where the next lookup depends on the entry that the last one loaded: the time of one
-//! lookup. `apart` are hits in random order that do not depend on each other, so that the processor
+//! lookup, and what the goal is about: a request's lookup stands between its descriptor and its I/O,
+//! with hundreds of instructions around it. `apart` are hits in random order that do not depend on each other, so that the processor
 //! overlaps them: the rate of lookups in a tight loop that does nothing else. `mixed` is `chained`
 //! with one lookup in eight for one of all slices, of which there are an eighth more than slots; the
 //! design replaces what it chooses, and a body that is missing is there without I/O. The array has
-//! all slices then.
+//! all slices then, and never replaces any.
+//!
+//! The goal: `get` takes at most 1.5 times as long as `array` at every size, pattern `chained`, and
+//! the same number of instructions. `get+put` has no such goal: its pins are atomic, and a request
+//! that suspends waits for far more than that.
 //!
 //! A slice has 512 entries (4 KiB) as long as a copy of all stays below 64 MiB, fewer above: the
 //! line `entries` says how many.
@@ -56,9 +61,11 @@ const ENTRIES_MIN: usize = 8;
 const BYTES_MAX: usize = 64 << 20;
 /// Lookups of a pattern before it repeats.
 const PATTERN_MAX: usize = 1 << 21;
-const SIZES: &[usize] = &[16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000];
+const SIZES: &[usize] = &[
+    16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000,
+];
 const SIZES_QUICK: &[usize] = &[16, 1_000, 64_000, 1_000_000];
-/// What the array may be exceeded by.
+/// The goal for `get`, as a multiple of `array`.
 const RATIO_MAX: f64 = 1.5;
 
 /// The table of one slice in the file. Not zero, so that an empty place of a baseline matches none.
@@ -69,7 +76,11 @@ fn offset_of(number: usize) -> u64 {
 /// How many entries a slice has when there are `count` slices.
 fn entries_for(count: usize) -> usize {
     let most = BYTES_MAX / 8 / count.max(1);
-    let power = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
+    let power = if most.is_power_of_two() {
+        most
+    } else {
+        most.next_power_of_two() / 2
+    };
     power.clamp(ENTRIES_MIN, ENTRIES_MAX)
 }
 
@@ -92,7 +103,11 @@ fn pattern(slots: usize, len: usize, mixed: bool) -> Vec<Step> {
     let count = (slots * 16).next_power_of_two().clamp(1 << 16, PATTERN_MAX);
     (0..count)
         .map(|_| {
-            let among = if mixed && random.u32(..8) == 0 { all } else { slots };
+            let among = if mixed && random.u32(..8) == 0 {
+                all
+            } else {
+                slots
+            };
             let number = u32::try_from(random.usize(..among)).unwrap_or(0);
             let index = u32::try_from(random.usize(..len)).unwrap_or(0);
             Step { number, index }
@@ -116,12 +131,16 @@ struct Array(Vec<Box<[AtomicU64]>>);
 
 impl Array {
     fn new(slots: usize, len: usize) -> Self {
-        Self((0..slices_in_all(slots)).map(|number| entries(number, len).collect()).collect())
+        Self(
+            (0..slices_in_all(slots))
+                .map(|number| entries(number, len).collect())
+                .collect(),
+        )
     }
 }
 
 impl Cache for Array {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         self.0[number][index].load(Ordering::Acquire)
     }
@@ -136,13 +155,15 @@ struct Flat {
 
 impl Flat {
     fn new(slots: usize, len: usize) -> Self {
-        let entries = (0..slices_in_all(slots)).flat_map(|number| entries(number, len)).collect();
+        let entries = (0..slices_in_all(slots))
+            .flat_map(|number| entries(number, len))
+            .collect();
         Self { entries, len }
     }
 }
 
 impl Cache for Flat {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         self.entries[number * self.len + index].load(Ordering::Acquire)
     }
@@ -152,9 +173,10 @@ impl Cache for Flat {
 struct Ours {
     directory: Directory,
     bodies: Arc<[Arc<SliceBody>]>,
-    /// The lookups are of requests that suspend.
-    pins: bool,
 }
+
+/// The same for requests that suspend.
+struct OursPinned(Ours);
 
 fn bodies(slots: usize, len: usize) -> Arc<[Arc<SliceBody>]> {
     (0..slices_in_all(slots))
@@ -166,39 +188,49 @@ fn bodies(slots: usize, len: usize) -> Arc<[Arc<SliceBody>]> {
 }
 
 impl Ours {
-    fn new(slots: usize, bodies: &Arc<[Arc<SliceBody>]>, pins: bool) -> Self {
+    fn new(slots: usize, bodies: &Arc<[Arc<SliceBody>]>) -> Self {
         let mut directory = Directory::new(slots, Arc::new(CacheCounters::default()));
         for body in &bodies[..slots] {
             directory.install(Arc::clone(body), SLICE_BITS);
         }
-        Self { directory, bodies: Arc::clone(bodies), pins }
+        Self {
+            directory,
+            bodies: Arc::clone(bodies),
+        }
+    }
+
+    /// The directory has not got it.
+    #[cold]
+    fn load(&mut self, number: usize) -> Arc<SliceBody> {
+        let body = Arc::clone(&self.bodies[number]);
+        self.directory.install(Arc::clone(&body), SLICE_BITS);
+        body
     }
 }
 
 impl Cache for Ours {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let key = SliceKey::new(0, HostOffset::new(offset_of(number)));
-        if !self.pins
-            && let Some(found) = self.directory.get(key, SLICE_BITS)
-        {
-            return found.entry(index).0;
+        match self.directory.get(key, SLICE_BITS) {
+            Some(found) => found.entry(index).0,
+            None => self.load(number).entry(index).0,
         }
-        let body = if self.pins
-            && let Some(found) = self.directory.get(key, SLICE_BITS)
-        {
-            Arc::clone(found.body())
-        } else {
-            let body = Arc::clone(&self.bodies[number]);
-            self.directory.install(Arc::clone(&body), SLICE_BITS);
-            body
+    }
+}
+
+impl Cache for OursPinned {
+    #[inline(always)]
+    fn look_up(&mut self, number: usize, index: usize) -> u64 {
+        let Self(ours) = self;
+        let key = SliceKey::new(0, HostOffset::new(offset_of(number)));
+        let body = match ours.directory.get(key, SLICE_BITS) {
+            Some(found) => Arc::clone(found.body()),
+            None => ours.load(number),
         };
-        if !self.pins {
-            return body.entry(index).0;
-        }
-        let ticket = self.directory.pin(&body);
+        let ticket = ours.directory.pin(&body);
         let entry = body.entry(index).0;
-        self.directory.put(&ticket);
+        ours.directory.put(&ticket);
         entry
     }
 }
@@ -238,10 +270,18 @@ impl Table {
                 place = (place + 1) % slots;
             }
             free_from.insert(first, place);
-            places[place] =
-                Place { offset, table: number * flat.len, used_at: number as u64, users: 0 };
+            places[place] = Place {
+                offset,
+                table: number * flat.len,
+                used_at: number as u64,
+                users: 0,
+            };
         }
-        Self { places, flat: flat.clone(), clock: slots as u64 }
+        Self {
+            places,
+            flat: flat.clone(),
+            clock: slots as u64,
+        }
     }
 
     /// Searches all places once, from `start`, for a match, else for the victim.
@@ -290,7 +330,7 @@ impl Table {
 struct Scan(Table);
 
 impl Cache for Scan {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let got = self.0.get(number, 0);
         let table = self.0.places[got].table;
@@ -311,7 +351,7 @@ fn probe_start(offset: u64, slots: usize) -> usize {
 }
 
 impl Cache for Probe {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let start = probe_start(offset_of(number), self.0.places.len());
         let place = self.0.get(number, start);
@@ -369,10 +409,13 @@ impl Pattern {
     }
 }
 
+/// Runs so many lookups of a pattern from a place in it on. Returns 0 when all answers were right.
+type Run = dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64;
+
 /// One column of the report.
 struct Case {
     name: &'static str,
-    run: Box<dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64>,
+    run: Box<Run>,
     /// Where in the pattern it is.
     from: usize,
     /// Lookups per round.
@@ -390,7 +433,13 @@ impl Case {
                 run_chained(&mut cache, steps, from, count)
             }
         });
-        Self { name, run, from: 0, count: 16, best: f64::INFINITY }
+        Self {
+            name,
+            run,
+            from: 0,
+            count: 16,
+            best: f64::INFINITY,
+        }
     }
 
     fn round(&mut self, pattern: Pattern, steps: &[Step]) -> Duration {
@@ -409,6 +458,8 @@ impl Case {
     }
 
     fn measure(&mut self, pattern: Pattern, steps: &[Step]) -> f64 {
+        // The case before has filled the processor's caches with its own.
+        self.round(pattern, steps);
         let took = self.round(pattern, steps);
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
         let each = took.as_nanos() as f64 / self.count as f64;
@@ -431,9 +482,18 @@ impl Size {
     fn new(slots: usize, name: Option<&str>) -> Self {
         let len = entries_for(slots);
         let wants = |names: &[&str]| name.is_none_or(|name| names.contains(&name));
-        let flat = if wants(&["flat", "scan", "probe"]) { slots } else { 0 };
+        let flat = if wants(&["flat", "scan", "probe"]) {
+            slots
+        } else {
+            0
+        };
         let ours = if wants(&["get", "get+put"]) { slots } else { 0 };
-        Self { slots, len, flat: Flat::new(flat, len), bodies: bodies(ours, len) }
+        Self {
+            slots,
+            len,
+            flat: Flat::new(flat, len),
+            bodies: bodies(ours, len),
+        }
     }
 
     fn case(&self, name: &str) -> Option<Case> {
@@ -441,8 +501,8 @@ impl Size {
         Some(match name {
             "array" => Case::new("array", Array::new(self.slots, self.len)),
             "flat" => Case::new("flat", self.flat.clone()),
-            "get" => Case::new("get", Ours::new(self.slots, &self.bodies, false)),
-            "get+put" => Case::new("get+put", Ours::new(self.slots, &self.bodies, true)),
+            "get" => Case::new("get", Ours::new(self.slots, &self.bodies)),
+            "get+put" => Case::new("get+put", OursPinned(Ours::new(self.slots, &self.bodies))),
             "scan" => Case::new("scan", Scan(table(|_, _| 0))),
             "probe" => Case::new("probe", Probe(table(probe_start))),
             _ => return None,
@@ -499,15 +559,29 @@ fn measure_size(
 }
 
 fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) -> io::Result<()> {
-    writeln!(out, "ns per lookup (shortest of {rounds} rounds); x: ratio to the array (median)")?;
+    writeln!(
+        out,
+        "ns per lookup (shortest of {rounds} rounds); x: ratio to the array (median)"
+    )?;
     let mut worst = [0_f64; Pattern::ALL.len()];
     for (kind, worst) in Pattern::ALL.into_iter().zip(&mut worst) {
         writeln!(out, "\npattern {}", kind.name())?;
         writeln!(
             out,
             "{:>9} {:>8} {:>9} {:>8} {:>5} {:>8} {:>5} {:>8} {:>5} {:>12} {:>9} {:>12} {:>9}",
-            "slots", "entries", "array", "flat", "x", "get", "x", "get+put", "x", "scan", "x",
-            "probe", "x"
+            "slots",
+            "entries",
+            "array",
+            "flat",
+            "x",
+            "get",
+            "x",
+            "get+put",
+            "x",
+            "scan",
+            "x",
+            "probe",
+            "x"
         )?;
         for &slots in sizes {
             let size = Size::new(slots, None);
@@ -516,8 +590,16 @@ fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) 
     }
     writeln!(out)?;
     for (kind, worst) in Pattern::ALL.into_iter().zip(worst) {
-        let met = if worst <= RATIO_MAX { "within" } else { "above" };
-        writeln!(out, "get, {}: at most {worst:.2} x the array: {met} {RATIO_MAX}", kind.name())?;
+        let verdict = match kind {
+            Pattern::Chained if worst <= RATIO_MAX => format!(" (goal {RATIO_MAX}: met)"),
+            Pattern::Chained => format!(" (goal {RATIO_MAX}: MISSED)"),
+            Pattern::Apart | Pattern::Mixed => String::new(),
+        };
+        writeln!(
+            out,
+            "get, {}: at most {worst:.2} x the array{verdict}",
+            kind.name()
+        )?;
     }
     Ok(())
 }
@@ -525,7 +607,9 @@ fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) 
 /// One case with a given number of lookups, hits in random order.
 fn run_one(name: &str, slots: usize, count: usize) -> Result<(), String> {
     let size = Size::new(slots, Some(name));
-    let mut case = size.case(name).ok_or_else(|| format!("no case '{name}': {NAMES:?}"))?;
+    let mut case = size
+        .case(name)
+        .ok_or_else(|| format!("no case '{name}': {NAMES:?}"))?;
     let steps = pattern(slots, size.len, false);
     case.count = count;
     case.round(Pattern::Chained, &steps);
@@ -558,7 +642,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
     let mut parsed = Args::default();
     let number = |text: Option<String>| {
         let text = text.ok_or("a number is missing")?;
-        text.parse::<usize>().map_err(|error| format!("'{text}': {error}"))
+        text.parse::<usize>()
+            .map_err(|error| format!("'{text}': {error}"))
     };
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -566,8 +651,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--quick" => parsed.quick = true,
             "--sizes" => {
                 let list = args.next().ok_or("--sizes: a list is missing")?;
-                let sizes: Result<Vec<_>, _> =
-                    list.split(',').map(|text| number(Some(text.to_owned()))).collect();
+                let sizes: Result<Vec<_>, _> = list
+                    .split(',')
+                    .map(|text| number(Some(text.to_owned())))
+                    .collect();
                 let sizes = sizes?;
                 if let Some(size) = sizes.iter().find(|size| !(16..=1 << 24).contains(*size)) {
                     return Err(format!("{size} slots: must be 16 to {}", 1 << 24));
