@@ -85,19 +85,18 @@ impl PutTable {
     }
 
     /// Remembers a slice, at the cost of an unpinned one of its set.
-    pub(crate) fn remember(&mut self, body: Arc<SliceBody>) -> Option<usize> {
+    pub(crate) fn remember(&mut self, body: &Arc<SliceBody>) -> Option<usize> {
         let key = body.key();
         if let Some(index) = self.position(key) {
             let entry = &mut self.entries[index];
-            if entry.pins == 0 {
-                entry.body = Some(body);
-                return Some(index);
-            }
             let same = entry
                 .body
                 .as_ref()
-                .is_some_and(|held| Arc::ptr_eq(held, &body));
-            return same.then_some(index);
+                .is_some_and(|held| Arc::ptr_eq(held, body));
+            if !same && entry.pins == 0 {
+                entry.body = Some(Arc::clone(body));
+            }
+            return (same || entry.pins == 0).then_some(index);
         }
         let set = Self::set(key);
         let start = set * WAYS;
@@ -105,7 +104,7 @@ impl PutTable {
             let way = (usize::from(self.victims[set]) + step) % WAYS;
             let entry = &mut self.entries[start + way];
             if entry.pins == 0 {
-                entry.body = Some(body);
+                entry.body = Some(Arc::clone(body));
                 self.victims[set] = u8::try_from((way + 1) % WAYS).unwrap_or(0);
                 return Some(start + way);
             }
@@ -115,7 +114,7 @@ impl PutTable {
 
     /// Pins a slice for a request that is about to suspend.
     pub(crate) fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
-        if let Some(index) = self.remember(Arc::clone(body)) {
+        if let Some(index) = self.remember(body) {
             let entry = &mut self.entries[index];
             if entry.pins == 0 {
                 body.pin();
