@@ -397,10 +397,14 @@ impl Pattern {
     }
 }
 
+/// Does so many steps of a pattern from a place on, and moves the place; returns how many entries
+/// were of another slice.
+type Run = Box<dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64>;
+
 /// One column of the report.
 struct Case {
     name: &'static str,
-    run: Box<dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64>,
+    run: Run,
     /// Where in the pattern it is.
     from: usize,
     /// Lookups per round.
