@@ -68,9 +68,7 @@ impl Chain {
             discard: config.discard_unmaps,
             no_flush: config.cache.ignores_flush(),
             l2_cache_size: config.l2_cache_bytes,
-            l2_cache_entry_size: config
-                .l2_cache_entry_bytes
-                .unwrap_or(OpenOptions::default().l2_cache_entry_size),
+            l2_cache_entry_size: config.l2_cache_entry_bytes,
             refcount_cache_size: config.refcount_cache_bytes,
         };
         let files = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();

@@ -28,7 +28,7 @@ use crate::config::{Endpoint, ServeConfig};
 use crate::control::{BindError, ControlServer, Event, ShutdownReason};
 use crate::device::{DeviceConfig, DeviceError, FrontEnd, Server};
 use crate::engine::{self, Image, ImageEvent};
-use crate::storage::{BlockingStorage, block_on};
+use crate::storage::{BlockingStorage, Ring, RingError, block_on};
 
 /// Tokens of the loop's descriptors; the control server uses everything from `CONTROL` on.
 mod token {
@@ -72,6 +72,9 @@ pub enum DaemonError {
     /// The device.
     #[error("cannot serve the device")]
     Device(#[source] DeviceError),
+    /// The host does not let us use io_uring.
+    #[error("cannot serve without io_uring")]
+    IoUring(#[source] RingError),
     /// Signals, epoll, eventfds.
     #[error("cannot {what}")]
     System {
@@ -94,13 +97,15 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
 /// # Errors
 /// See [`DaemonError`]. `Interrupted` leaves requests unfinished: the process must end.
 pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
-    // First of all: a signal during the start is not lost.
-    let signals = signals()?;
+    // Before anything is touched: a repair must not come before the news that nothing can be served.
+    drop(Ring::new(1).map_err(DaemonError::IoUring)?);
     let image_error = |source| DaemonError::Image {
         path: config.image.path.display().to_string(),
         source,
     };
     let chain = Chain::open(&config.image).map_err(image_error)?;
+    // Until here a signal ends the process at once, which even a repair survives.
+    let signals = signals()?;
     let (events, event_reader) = image_events(&chain.image)?;
 
     let mut server = Server::start(

@@ -35,6 +35,8 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use rustix::net::{AddressFamily, SocketType, sockopt};
+
 use super::backend::Backend;
 use super::error::DeviceError;
 use super::vring::with_controls;
@@ -105,6 +107,15 @@ impl FrontEnd {
         };
         if result != 0 {
             return Err(io::Error::last_os_error());
+        }
+        let bad = |text| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        if sockopt::socket_domain(&fd)? != AddressFamily::UNIX
+            || sockopt::socket_type(&fd)? != SocketType::STREAM
+        {
+            return bad("it is not a Unix stream socket");
+        }
+        if listens == 0 && rustix::net::getpeername(&fd).is_err() {
+            return bad("it neither listens nor is connected");
         }
         Ok(if listens != 0 {
             Self::Listener(fd.into())

@@ -33,6 +33,8 @@ use crate::units::{HostOffset, SECTOR_SIZE, align_down, to_u64, to_usize};
 pub(crate) const LAYERS_MAX: usize = 200;
 /// L2 cache budget when none is given: what the disk needs, at most this.
 const L2_CACHE_BYTES_DEFAULT_MAX: u64 = 256 << 20;
+/// Bytes of a slice when none is given.
+const SLICE_BYTES_DEFAULT: u64 = 4096;
 /// Refcount block budget when none is given.
 const REFCOUNT_CACHE_BYTES_DEFAULT: u64 = 4 << 20;
 /// Bytes of the first read: enough for the fixed fields.
@@ -67,8 +69,8 @@ pub struct OpenOptions {
     pub no_flush: bool,
     /// Bytes of L2 slices in memory; `None`: enough for the whole disk, at most 256 MiB.
     pub l2_cache_size: Option<u64>,
-    /// Bytes of one slice: a power of two from 512; at most a cluster is used.
-    pub l2_cache_entry_size: u64,
+    /// Bytes of one slice: a power of two from 512 to the cluster size; `None`: 4 KiB or a cluster.
+    pub l2_cache_entry_size: Option<u64>,
     /// Bytes of refcount blocks in memory; `None`: 4 MiB.
     pub refcount_cache_size: Option<u64>,
 }
@@ -80,7 +82,7 @@ impl Default for OpenOptions {
             discard: true,
             no_flush: false,
             l2_cache_size: None,
-            l2_cache_entry_size: 4096,
+            l2_cache_entry_size: None,
             refcount_cache_size: None,
         }
     }
@@ -126,6 +128,12 @@ impl Image {
             let (size, kind, parts) = match spec.format {
                 LayerFormat::Raw => {
                     let len = file_len(storage, spec.file)?;
+                    // The disk has whole sectors; the last one is completed when it is written.
+                    let len = if index == 0 {
+                        len.next_multiple_of(SECTOR_SIZE)
+                    } else {
+                        len
+                    };
                     (len, LayerKind::Raw, None)
                 }
                 LayerFormat::Qcow2 => {
@@ -142,6 +150,19 @@ impl Image {
                             error.context(format!("layer {index} of the backing chain"))
                         }
                     })?;
+                    if let Some(bytes) = options.l2_cache_entry_size
+                        && index == 0
+                        && bytes > parsed.header.geometry().cluster_size()
+                    {
+                        let cluster_size = parsed.header.geometry().cluster_size();
+                        return Err(Error::new(
+                            ErrorKind::Invalid,
+                            format!(
+                                "--l2-cache-entry-size is {bytes}, more than the image's cluster \
+                                 size of {cluster_size}; give at most that"
+                            ),
+                        ));
+                    }
                     // Entries past the end of the file that a repair had to leave: nothing may ever
                     // be allocated where they point, and what is there is not data.
                     let geometry = parsed.header.geometry();
@@ -230,7 +251,14 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
         512
     };
     let bytes = read(storage, file, 0, len.min(cluster_size), "image header").await?;
-    Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
+    Header::decode(&bytes).map_err(|error| {
+        let text = if bytes.starts_with(b"QFI\xfb") {
+            "cannot use the image"
+        } else {
+            "cannot use the image (to serve a raw image, give --format raw)"
+        };
+        Error::format(text, error)
+    })
 }
 
 /// An image that was not closed in order: its refcounts and copied flags are not to be trusted.
@@ -424,6 +452,7 @@ fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     let geometry = parsed.header.geometry();
     let slice_bytes = options
         .l2_cache_entry_size
+        .unwrap_or(SLICE_BYTES_DEFAULT)
         .clamp(512, geometry.cluster_size());
     let mapping = Mapping {
         geometry,
@@ -517,7 +546,10 @@ fn active<S: Storage>(
 /// Bodies in the store, and slots of each directory.
 fn cache_size(layers: &[Layer], options: &OpenOptions) -> (usize, usize) {
     let mut needed = 0_u64;
-    let mut slice_bytes = options.l2_cache_entry_size.max(512);
+    let mut slice_bytes = options
+        .l2_cache_entry_size
+        .unwrap_or(SLICE_BYTES_DEFAULT)
+        .max(512);
     for layer in layers {
         if let LayerKind::Qcow2(mapping) = &layer.kind {
             needed += to_u64(mapping.l1.len()) * mapping.geometry.cluster_size();

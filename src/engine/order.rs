@@ -302,8 +302,10 @@ impl<S: Storage> Worker<S> {
     /// As for [`flush`](Self::flush).
     pub async fn close(&self) -> Result<(), Error> {
         self.give_back_extent();
-        if matches!(self.image.state(), State::ReadOnly | State::Failed) {
-            return Ok(());
+        match self.image.state() {
+            State::ReadOnly => return Ok(()),
+            State::Failed => return Err(Image::failed_error()),
+            State::Opened | State::Ready => {}
         }
         self.flush().await?;
         if let Some(active) = &self.image.active {

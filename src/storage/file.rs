@@ -88,7 +88,8 @@ pub struct HostFile {
     mem_align: u64,
     /// Offset and length of a direct operation must be multiples of this: the host's block.
     offset_align: u64,
-    /// For a block device its logical block size, which even `fallocate` insists on; else 1.
+    /// Holes and zero ranges are multiples of this: of a block device its logical block size, of a
+    /// direct regular file the file system's block; else 1.
     block_size: u64,
     /// The pages that hold the end of a direct regular file whose length at open is no multiple of
     /// `offset_align`; empty otherwise. Writes in here go through `buffered` and the range lock, for
@@ -163,6 +164,12 @@ impl HostFile {
             None
         };
         let block_size = match kind {
+            // The file system zeroes the edges of a hole through the page cache, and write-back of
+            // such a page collides with direct writes beside them (the kernel then reports EIO).
+            HostFileKind::Regular if mode.direct => metadata
+                .blksize()
+                .next_power_of_two()
+                .clamp(4096, PAGE_SIZE_MAX),
             HostFileKind::Regular => 1,
             HostFileKind::BlockDevice => logical_block_size(&file)?,
         };

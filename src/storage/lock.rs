@@ -67,12 +67,14 @@ pub enum LockKind {
 #[non_exhaustive]
 pub enum LockError {
     /// Somebody writes to the image.
-    #[error("the image is in use by another process, which writes to it (it holds the write lock)")]
+    #[error(
+        "the image is in use by another process (QEMU, qemu-img or qblkd), which writes to it; stop that one first"
+    )]
     Written,
     /// Somebody needs the image to stay as it is.
     #[error(
-        "the image is in use by another process, which keeps others from writing to it; it can \
-         only be opened read-only"
+        "the image is in use by another process (QEMU, qemu-img or qblkd), which does not let others \
+         write to it; stop that one first"
     )]
     KeptFromWriting,
     /// Somebody needs the image for himself.

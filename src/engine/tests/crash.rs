@@ -33,7 +33,7 @@ pub(super) struct Scenario {
 fn small_caches() -> OpenOptions {
     OpenOptions {
         l2_cache_size: Some(1 << 10),
-        l2_cache_entry_size: 512,
+        l2_cache_entry_size: Some(512),
         refcount_cache_size: Some(0),
         ..OpenOptions::default()
     }
@@ -41,7 +41,7 @@ fn small_caches() -> OpenOptions {
 
 fn small_slices() -> OpenOptions {
     OpenOptions {
-        l2_cache_entry_size: 512,
+        l2_cache_entry_size: Some(512),
         ..OpenOptions::default()
     }
 }

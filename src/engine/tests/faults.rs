@@ -58,7 +58,7 @@ fn run(recipe: Recipe, seed: u64, kind: OpKind, nth: u64, errno: i32) -> Result<
     let mut rig = Rig::new(recipe, seed);
     let options = OpenOptions {
         l2_cache_size: Some(0),
-        l2_cache_entry_size: 512,
+        l2_cache_entry_size: Some(512),
         refcount_cache_size: Some(0),
         ..OpenOptions::default()
     };

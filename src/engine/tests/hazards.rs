@@ -19,7 +19,7 @@ fn data(_: u64) -> Fill {
 fn tiny() -> OpenOptions {
     OpenOptions {
         l2_cache_size: Some(0),
-        l2_cache_entry_size: 512,
+        l2_cache_entry_size: Some(512),
         refcount_cache_size: Some(0),
         ..OpenOptions::default()
     }

@@ -377,7 +377,7 @@ fn random_work(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     for _ in 0..3 {
         let options = OpenOptions {
             l2_cache_size: Some([1 << 10, 16 << 10, 1 << 20][random.usize(..3)]),
-            l2_cache_entry_size: [512, 1024, 4096][random.usize(..3)],
+            l2_cache_entry_size: [Some(512), None][random.usize(..2)],
             refcount_cache_size: Some([0, 1 << 20][random.usize(..2)]),
             discard: random.u8(..4) > 0,
             ..OpenOptions::default()

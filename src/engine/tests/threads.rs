@@ -92,7 +92,7 @@ fn threads_that_share_tables_and_clusters_lose_nothing() {
         let options = OpenOptions {
             no_flush: true,
             l2_cache_size: Some(0),
-            l2_cache_entry_size: 512,
+            l2_cache_entry_size: Some(512),
             refcount_cache_size: Some(0),
             ..OpenOptions::default()
         };
