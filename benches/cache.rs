@@ -24,11 +24,16 @@
 //!
 //! Patterns, all from fixed seeds and made before the clock runs: `chained` are hits in random
 //! order, where the next lookup depends on the entry that the last one loaded: the time of one
-//! lookup. `apart` are hits in random order that do not depend on each other, so that the processor
+//! lookup, and what the goal is about: a request's lookup stands between its descriptor and its I/O,
+//! with hundreds of instructions around it. `apart` are hits in random order that do not depend on each other, so that the processor
 //! overlaps them: the rate of lookups in a tight loop that does nothing else. `mixed` is `chained`
 //! with one lookup in eight for one of all slices, of which there are an eighth more than slots; the
 //! design replaces what it chooses, and a body that is missing is there without I/O. The array has
-//! all slices then.
+//! all slices then, and never replaces any.
+//!
+//! The goal: `get` takes at most 1.5 times as long as `array` at every size, pattern `chained`, and
+//! the same number of instructions. `get+put` has no such goal: its pins are atomic, and a request
+//! that suspends waits for far more than that.
 //!
 //! A slice has 512 entries (4 KiB) as long as a copy of all stays below 64 MiB, fewer above: the
 //! line `entries` says how many.
@@ -60,7 +65,7 @@ const SIZES: &[usize] = &[
     16, 64, 256, 1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000,
 ];
 const SIZES_QUICK: &[usize] = &[16, 1_000, 64_000, 1_000_000];
-/// What the array may be exceeded by.
+/// The goal for `get`, as a multiple of `array`.
 const RATIO_MAX: f64 = 1.5;
 
 /// The table of one slice in the file. Not zero, so that an empty place of a baseline matches none.
@@ -135,7 +140,7 @@ impl Array {
 }
 
 impl Cache for Array {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         self.0[number][index].load(Ordering::Acquire)
     }
@@ -158,7 +163,7 @@ impl Flat {
 }
 
 impl Cache for Flat {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         self.entries[number * self.len + index].load(Ordering::Acquire)
     }
@@ -168,9 +173,10 @@ impl Cache for Flat {
 struct Ours {
     directory: Directory,
     bodies: Arc<[Arc<SliceBody>]>,
-    /// The lookups are of requests that suspend.
-    pins: bool,
 }
+
+/// The same for requests that suspend.
+struct OursPinned(Ours);
 
 fn bodies(slots: usize, len: usize) -> Arc<[Arc<SliceBody>]> {
     (0..slices_in_all(slots))
@@ -182,7 +188,7 @@ fn bodies(slots: usize, len: usize) -> Arc<[Arc<SliceBody>]> {
 }
 
 impl Ours {
-    fn new(slots: usize, bodies: &Arc<[Arc<SliceBody>]>, pins: bool) -> Self {
+    fn new(slots: usize, bodies: &Arc<[Arc<SliceBody>]>) -> Self {
         let mut directory = Directory::new(slots, Arc::new(CacheCounters::default()));
         for body in &bodies[..slots] {
             directory.install(Arc::clone(body), SLICE_BITS);
@@ -190,35 +196,41 @@ impl Ours {
         Self {
             directory,
             bodies: Arc::clone(bodies),
-            pins,
         }
+    }
+
+    /// The directory has not got it.
+    #[cold]
+    fn load(&mut self, number: usize) -> Arc<SliceBody> {
+        let body = Arc::clone(&self.bodies[number]);
+        self.directory.install(Arc::clone(&body), SLICE_BITS);
+        body
     }
 }
 
 impl Cache for Ours {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let key = SliceKey::new(0, HostOffset::new(offset_of(number)));
-        if !self.pins
-            && let Some(found) = self.directory.get(key, SLICE_BITS)
-        {
-            return found.entry(index).0;
+        match self.directory.get(key, SLICE_BITS) {
+            Some(found) => found.entry(index).0,
+            None => self.load(number).entry(index).0,
         }
-        let body = if self.pins
-            && let Some(found) = self.directory.get(key, SLICE_BITS)
-        {
-            Arc::clone(found.body())
-        } else {
-            let body = Arc::clone(&self.bodies[number]);
-            self.directory.install(Arc::clone(&body), SLICE_BITS);
-            body
+    }
+}
+
+impl Cache for OursPinned {
+    #[inline(always)]
+    fn look_up(&mut self, number: usize, index: usize) -> u64 {
+        let Self(ours) = self;
+        let key = SliceKey::new(0, HostOffset::new(offset_of(number)));
+        let body = match ours.directory.get(key, SLICE_BITS) {
+            Some(found) => Arc::clone(found.body()),
+            None => ours.load(number),
         };
-        if !self.pins {
-            return body.entry(index).0;
-        }
-        let ticket = self.directory.pin(&body);
+        let ticket = ours.directory.pin(&body);
         let entry = body.entry(index).0;
-        self.directory.put(&ticket);
+        ours.directory.put(&ticket);
         entry
     }
 }
@@ -318,7 +330,7 @@ impl Table {
 struct Scan(Table);
 
 impl Cache for Scan {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let got = self.0.get(number, 0);
         let table = self.0.places[got].table;
@@ -339,7 +351,7 @@ fn probe_start(offset: u64, slots: usize) -> usize {
 }
 
 impl Cache for Probe {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, number: usize, index: usize) -> u64 {
         let start = probe_start(offset_of(number), self.0.places.len());
         let place = self.0.get(number, start);
@@ -397,14 +409,13 @@ impl Pattern {
     }
 }
 
-/// Does so many steps of a pattern from a place on, and moves the place; returns how many entries
-/// were of another slice.
-type Run = Box<dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64>;
+/// Runs so many lookups of a pattern from a place in it on. Returns 0 when all answers were right.
+type Run = dyn FnMut(Pattern, &[Step], &mut usize, usize) -> u64;
 
 /// One column of the report.
 struct Case {
     name: &'static str,
-    run: Run,
+    run: Box<Run>,
     /// Where in the pattern it is.
     from: usize,
     /// Lookups per round.
@@ -447,6 +458,8 @@ impl Case {
     }
 
     fn measure(&mut self, pattern: Pattern, steps: &[Step]) -> f64 {
+        // The case before has filled the processor's caches with its own.
+        self.round(pattern, steps);
         let took = self.round(pattern, steps);
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
         let each = took.as_nanos() as f64 / self.count as f64;
@@ -488,8 +501,8 @@ impl Size {
         Some(match name {
             "array" => Case::new("array", Array::new(self.slots, self.len)),
             "flat" => Case::new("flat", self.flat.clone()),
-            "get" => Case::new("get", Ours::new(self.slots, &self.bodies, false)),
-            "get+put" => Case::new("get+put", Ours::new(self.slots, &self.bodies, true)),
+            "get" => Case::new("get", Ours::new(self.slots, &self.bodies)),
+            "get+put" => Case::new("get+put", OursPinned(Ours::new(self.slots, &self.bodies))),
             "scan" => Case::new("scan", Scan(table(|_, _| 0))),
             "probe" => Case::new("probe", Probe(table(probe_start))),
             _ => return None,
@@ -577,14 +590,14 @@ fn report(out: &mut impl Write, sizes: &[usize], rounds: usize, goal: Duration) 
     }
     writeln!(out)?;
     for (kind, worst) in Pattern::ALL.into_iter().zip(worst) {
-        let met = if worst <= RATIO_MAX {
-            "within"
-        } else {
-            "above"
+        let verdict = match kind {
+            Pattern::Chained if worst <= RATIO_MAX => format!(" (goal {RATIO_MAX}: met)"),
+            Pattern::Chained => format!(" (goal {RATIO_MAX}: MISSED)"),
+            Pattern::Apart | Pattern::Mixed => String::new(),
         };
         writeln!(
             out,
-            "get, {}: at most {worst:.2} x the array: {met} {RATIO_MAX}",
+            "get, {}: at most {worst:.2} x the array{verdict}",
             kind.name()
         )?;
     }

@@ -1,4 +1,4 @@
-//! qcow2 semantics over [`Storage`](crate::storage::Storage): resolve, allocate, write order,
+//! qcow2 semantics over [`Storage`]: resolve, allocate, write order,
 //! caches, check.
 //!
 //! The engine knows nothing of virtio, sockets or JSON and never builds an SQE. An [`Image`] is

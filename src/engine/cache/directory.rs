@@ -104,6 +104,33 @@ impl CachedSlice {
     }
 }
 
+/// Fills a slot; what was there moves to the put table.
+fn fill(slot: &mut Option<CachedSlice>, body: Arc<SliceBody>, put_table: &mut PutTable) {
+    if let Some(displaced) = slot.replace(CachedSlice::new(body))
+        && !displaced.body.is_retired()
+    {
+        put_table.remember(&displaced.body);
+    }
+}
+
+/// Fills the slot of `key` from the put table, if the slice is there.
+#[cold]
+fn bring_back(
+    slot: &mut Option<CachedSlice>,
+    key: SliceKey,
+    put_table: &mut PutTable,
+    counters: &CacheCounters,
+) -> Option<()> {
+    let Some(body) = put_table.get(key) else {
+        bump(&counters.misses);
+        return None;
+    };
+    bump(&counters.put_table_hits);
+    body.visit();
+    fill(slot, body, put_table);
+    Some(())
+}
+
 /// A worker's direct-mapped cache of slice bodies with its put table.
 #[derive(Debug)]
 pub struct Directory {
@@ -138,38 +165,20 @@ impl Directory {
     /// The live body of `key`, if this worker has it. No lock, no shared write.
     #[inline]
     pub fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&CachedSlice> {
-        let slot = self.slot(key, slice_bits);
-        let hit =
-            matches!(&self.slots[slot], Some(found) if found.key == key && found.body.visit_live());
-        if hit {
+        let index = self.slot(key, slice_bits);
+        let slot = self.slots.get_mut(index)?;
+        if matches!(slot, Some(found) if found.key == key && found.body.visit_live()) {
             bump(&self.counters.hits);
-        } else if !self.bring_back(key, slice_bits) {
-            return None;
+        } else {
+            bring_back(slot, key, &mut self.put_table, &self.counters)?;
         }
-        self.slots[slot].as_ref()
-    }
-
-    /// Installs the slice from the put table, if it is there.
-    #[cold]
-    fn bring_back(&mut self, key: SliceKey, slice_bits: u32) -> bool {
-        let Some(body) = self.put_table.get(key) else {
-            bump(&self.counters.misses);
-            return false;
-        };
-        bump(&self.counters.put_table_hits);
-        body.visit();
-        self.install(body, slice_bits);
-        true
+        slot.as_ref()
     }
 
     /// Puts a body into its slot; what was there moves to the put table.
     pub fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
-        let slot = self.slot(body.key(), slice_bits);
-        if let Some(displaced) = self.slots[slot].replace(CachedSlice::new(body))
-            && !displaced.body.is_retired()
-        {
-            self.put_table.remember(displaced.body);
-        }
+        let index = self.slot(body.key(), slice_bits);
+        fill(&mut self.slots[index], body, &mut self.put_table);
     }
 
     /// Pins a body for a request that is about to suspend: it stays in the store until the ticket
@@ -186,6 +195,7 @@ impl Directory {
 
 #[cfg(test)]
 mod tests {
+    use super::super::put_table::PUT_TABLE_ENTRIES;
     use super::*;
     use crate::units::HostOffset;
 
@@ -234,6 +244,19 @@ mod tests {
     }
 
     #[test]
+    fn a_hit_shows_the_entries_of_the_body_and_marks_it_as_used() {
+        let mut directory = Directory::new(16, Arc::new(CacheCounters::default()));
+        let slice = body(0x1_0000);
+        directory.install(Arc::clone(&slice), 12);
+        assert!(slice.unvisit());
+        assert!(!slice.unvisit());
+        slice.set_entry_locked(&mut slice.lock(), 7, L2Entry(42));
+        let found = directory.get(slice.key(), 12).expect("a hit");
+        assert_eq!((found.entry(7), found.entry_count()), (L2Entry(42), 512));
+        assert!(slice.unvisit());
+    }
+
+    #[test]
     fn a_pinned_slice_is_not_retired_by_eviction() {
         let mut directory = Directory::new(16, Arc::new(CacheCounters::default()));
         let slices: Vec<_> = (0..200).map(|n| body(n * 4096)).collect();
@@ -245,6 +268,14 @@ mod tests {
         }
         assert!(!slices[3].try_retire());
         directory.put(&again);
-        assert!(slices.iter().all(|slice| slice.try_retire()));
+        // The table keeps what it remembers, and gives it back with the worker.
+        let kept = slices.iter().filter(|slice| !slice.try_retire()).count();
+        assert!(kept <= PUT_TABLE_ENTRIES);
+        drop(directory);
+        assert!(
+            slices
+                .iter()
+                .all(|slice| slice.is_retired() || slice.try_retire())
+        );
     }
 }

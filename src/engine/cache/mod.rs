@@ -1,9 +1,9 @@
 //! Metadata caches: shared slice bodies, a directory per thread, and one store behind them.
 //!
-//! - [`slice`] is the shared body of an L2 slice: atomics that every thread reads without a lock.
-//! - [`directory`] is one worker's direct-mapped cache with its put table: a hit is one compare.
-//! - [`store`] finds bodies by host offset, holds the byte budget and evicts in constant time.
-//! - [`sieve`] is the eviction order, shared with the refcount block cache.
+//! - `slice` is the shared body of an L2 slice: atomics that every thread reads without a lock.
+//! - `directory` is one worker's direct-mapped cache with its put table: a hit is one compare.
+//! - `store` finds bodies by host offset, holds the byte budget and evicts in constant time.
+//! - `sieve` is the eviction order, shared with the refcount block cache.
 //!
 //! Invariants: there are never two live bodies of one slice; a body that leaves the store is
 //! *retired* first, and every hit of a directory checks that; a modified or pinned body stays.

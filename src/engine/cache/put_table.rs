@@ -2,7 +2,8 @@
 //!
 //! It holds the pins of suspended requests, so that a put finds its entry by the ticket without
 //! searching the cache, and it catches what a slot conflict of the directory displaces. Sixteen
-//! sets of four: get and put look at four entries at most.
+//! sets of four: get and put look at four entries at most. A slice that was pinned once stays in
+//! memory until its entry is needed for another: a worker exceeds the budget by 64 slices at most.
 
 use std::sync::Arc;
 
@@ -17,8 +18,27 @@ pub(crate) const PUT_TABLE_ENTRIES: usize = WAYS * SETS;
 #[derive(Debug, Default)]
 struct Entry {
     body: Option<Arc<SliceBody>>,
+    /// The body's key: looked at without going to the body.
+    key: Option<SliceKey>,
     /// Suspended requests of this worker that hold the slice.
     pins: u32,
+    /// The body carries a pin of this entry. It is kept beyond the last request, until the entry
+    /// is needed for another slice, so that pinning a slice again touches nothing shared.
+    held: bool,
+}
+
+impl Entry {
+    /// Takes in another slice, or none. Nobody may hold the present one.
+    fn replace(&mut self, body: Option<&Arc<SliceBody>>) {
+        debug_assert_eq!(self.pins, 0, "a held slice is replaced");
+        if let Some(old) = self.body.take()
+            && std::mem::take(&mut self.held)
+        {
+            old.unpin();
+        }
+        self.key = body.map(|body| body.key());
+        self.body = body.map(Arc::clone);
+    }
 }
 
 /// Where a pin is kept. Give it back to the [`Directory`](super::Directory) that made it.
@@ -61,12 +81,7 @@ impl PutTable {
     #[inline]
     fn position(&self, key: SliceKey) -> Option<usize> {
         let start = Self::set(key) * WAYS;
-        (start..start + WAYS).find(|&index| {
-            self.entries[index]
-                .body
-                .as_ref()
-                .is_some_and(|body| body.key() == key)
-        })
+        (start..start + WAYS).find(|&index| self.entries[index].key == Some(key))
     }
 
     /// The live body of `key`, if it is here.
@@ -77,7 +92,7 @@ impl PutTable {
         let body = entry.body.as_ref()?;
         if body.is_retired() {
             if entry.pins == 0 {
-                entry.body = None;
+                entry.replace(None);
             }
             return None;
         }
@@ -85,19 +100,18 @@ impl PutTable {
     }
 
     /// Remembers a slice, at the cost of an unpinned one of its set.
-    pub(crate) fn remember(&mut self, body: Arc<SliceBody>) -> Option<usize> {
+    pub(crate) fn remember(&mut self, body: &Arc<SliceBody>) -> Option<usize> {
         let key = body.key();
         if let Some(index) = self.position(key) {
             let entry = &mut self.entries[index];
-            if entry.pins == 0 {
-                entry.body = Some(body);
-                return Some(index);
-            }
             let same = entry
                 .body
                 .as_ref()
-                .is_some_and(|held| Arc::ptr_eq(held, &body));
-            return same.then_some(index);
+                .is_some_and(|held| Arc::ptr_eq(held, body));
+            if !same && entry.pins == 0 {
+                entry.replace(Some(body));
+            }
+            return (same || entry.pins == 0).then_some(index);
         }
         let set = Self::set(key);
         let start = set * WAYS;
@@ -105,7 +119,7 @@ impl PutTable {
             let way = (usize::from(self.victims[set]) + step) % WAYS;
             let entry = &mut self.entries[start + way];
             if entry.pins == 0 {
-                entry.body = Some(body);
+                entry.replace(Some(body));
                 self.victims[set] = u8::try_from((way + 1) % WAYS).unwrap_or(0);
                 return Some(start + way);
             }
@@ -115,9 +129,9 @@ impl PutTable {
 
     /// Pins a slice for a request that is about to suspend.
     pub(crate) fn pin(&mut self, body: &Arc<SliceBody>) -> Ticket {
-        if let Some(index) = self.remember(Arc::clone(body)) {
+        if let Some(index) = self.remember(body) {
             let entry = &mut self.entries[index];
-            if entry.pins == 0 {
+            if !std::mem::replace(&mut entry.held, true) {
                 body.pin();
             }
             entry.pins += 1;
@@ -132,15 +146,18 @@ impl PutTable {
     pub(crate) fn put(&mut self, ticket: &Ticket) {
         match &ticket.0 {
             Place::Entry(index) => {
-                let entry = &mut self.entries[*index];
-                entry.pins -= 1;
-                if entry.pins == 0
-                    && let Some(body) = &entry.body
-                {
-                    body.unpin();
-                }
+                self.entries[*index].pins -= 1;
             }
             Place::Body(body) => body.unpin(),
+        }
+    }
+}
+
+impl Drop for PutTable {
+    fn drop(&mut self) {
+        for entry in &mut self.entries {
+            entry.pins = 0;
+            entry.replace(None);
         }
     }
 }
