@@ -33,7 +33,7 @@ use super::wire::{self, Frame};
 pub const CLIENT_COUNT_MAX: usize = 32;
 
 /// Connections that may wait to be accepted.
-const BACKLOG: i32 = 64;
+const BACKLOG: i32 = 32;
 
 /// The control socket with everything connected to it.
 #[derive(Debug)]

@@ -317,9 +317,12 @@ fn connect_framework(
     let inner = private
         .connect()
         .map_err(DeviceError::system("connect to the framework"))?;
-    daemon
-        .start(&mut private.listener)
-        .map_err(|error| DeviceError::Framework(error.to_string()))?;
+    if let Err(error) = daemon.start(&mut private.listener) {
+        // Our connection may still wait in that listener's queue, where the next daemon would
+        // take it for its own.
+        *private = PrivateListener::new()?;
+        return Err(DeviceError::Framework(error.to_string()));
+    }
     Ok((daemon, inner))
 }
 

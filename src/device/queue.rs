@@ -60,7 +60,8 @@ impl ServedRing {
             published: next_used,
             signalled: None,
             event_idx: setup.event_idx,
-            kicks_wanted: true,
+            // Unknown: whoever served the ring before may have told the driver not to kick.
+            kicks_wanted: false,
             broken: false,
             kick: setup.kick,
             call_may_block: setup.call.as_deref().is_some_and(may_block),
@@ -99,6 +100,26 @@ impl ServedRing {
         self.call = call;
         // What the old descriptor was told, the new one was not.
         self.signalled = None;
+        self.call_anyway();
+    }
+
+    /// Calls the driver without asking whether it wants that: something may have been published
+    /// that nobody was called for (before a restart, or while the call went elsewhere). A call too
+    /// many is harmless, one too few is a hang.
+    pub(super) fn call_anyway(&mut self) {
+        let Some(call) = &self.call else { return };
+        // An eventfd: only a full counter can refuse, and then the driver has been called.
+        if self.call_may_block && !is_writable(call) {
+            debug!("vring {}: the driver takes no calls", self.queue_index);
+        } else if let Err(error) = call.as_ref().write(&1_u64.to_ne_bytes())
+            && error.kind() != std::io::ErrorKind::WouldBlock
+        {
+            warn!(
+                "vring {}: cannot call the driver: {error}",
+                self.queue_index
+            );
+            self.call = None;
+        }
     }
 
     /// Goes over to another generation of guest memory. Nothing may be in flight or unpublished.
@@ -217,16 +238,8 @@ impl ServedRing {
         } else {
             memory.driver_wants_interrupt()
         };
-        if wanted && let Some(call) = &self.call {
-            // An eventfd: only a full counter can refuse, and then the driver has been called.
-            if self.call_may_block && !is_writable(call) {
-                debug!("vring {}: the driver takes no calls", self.queue_index);
-            } else if let Err(error) = call.as_ref().write(&1_u64.to_ne_bytes()) {
-                warn!(
-                    "vring {}: cannot call the driver: {error}",
-                    self.queue_index
-                );
-            }
+        if wanted && self.call.is_some() {
+            self.call_anyway();
             return true;
         }
         false

@@ -59,7 +59,7 @@ const BATCH_MAX: u16 = 128;
 const PIECES_RESERVED: usize = 4;
 /// Direct I/O is at most this long (one SQE moves less than 2 GiB) and has at most this many pieces
 /// (UIO_MAXIOV); the engine's path cuts what is larger.
-const DIRECT_LEN_MAX: u64 = 1 << 30;
+const REQUEST_LEN_MAX: u64 = 1 << 30;
 const DIRECT_PIECES_MAX: usize = 1024;
 /// How often a ring is looked at whose driver does not kick.
 const KICKLESS_INTERVAL: Duration = Duration::from_micros(200);
@@ -367,7 +367,6 @@ struct Worker {
     memory_change: Option<(Option<Arc<SharedMemory>>, SyncSender<()>)>,
     doorbell_armed: bool,
     exiting: bool,
-    unsubmitted: bool,
     /// Value of the log epoch that `log_on` was found at.
     log_epoch: u64,
     log_on: bool,
@@ -399,7 +398,6 @@ impl Worker {
             memory_change: None,
             doorbell_armed: false,
             exiting: false,
-            unsubmitted: false,
             log_epoch: log_epoch(),
             log_on: false,
             poll: PollWindow::new(parts.poll_max),
@@ -474,7 +472,8 @@ impl Worker {
     fn start_ring(&mut self, setup: RingSetup) -> Result<(), RingError> {
         let memory = self.memory.as_ref().ok_or(RingError::NoMemory)?;
         let position = self.position(setup.queue_index);
-        let ring = ServedRing::start(memory, setup)?;
+        let mut ring = ServedRing::start(memory, setup)?;
+        ring.call_anyway();
         if self.places.len() <= position {
             self.places.resize_with(position + 1, || None);
         }
@@ -504,7 +503,6 @@ impl Worker {
             match self.ring.arm_eventfd(kick, token::kick(position)) {
                 Ok(()) => {
                     place.kick_armed = true;
-                    self.unsubmitted = true;
                 }
                 Err(Full) => {
                     let queue_index = place.ring.queue_index();
@@ -698,7 +696,6 @@ impl Worker {
             slots,
             extents,
             pieces,
-            unsubmitted,
             ..
         } = self;
         let slot = &mut slots[slot_index as usize];
@@ -710,9 +707,14 @@ impl Worker {
             self.finish(slot_index, Status::Ok);
             return;
         }
+        if len > REQUEST_LEN_MAX {
+            // Far beyond what the configuration space allows; serving it would hold up the others.
+            debug!("a request of {len:#x} bytes: refused");
+            self.finish(slot_index, Status::IoError);
+            return;
+        }
         let offset = GuestOffset::new(slot.offset);
-        let direct = len <= DIRECT_LEN_MAX
-            && buffer.pieces() <= DIRECT_PIECES_MAX
+        let direct = buffer.pieces() <= DIRECT_PIECES_MAX
             && match direction {
                 Direction::Read => engine.resolve_read(pin, offset, len, extents) == Fast::Ready,
                 Direction::Write => {
@@ -738,7 +740,7 @@ impl Worker {
                 } => {
                     let window = buffer.window(position, len, pieces);
                     position += len;
-                    // `len` is at most DIRECT_LEN_MAX.
+                    // `len` is at most REQUEST_LEN_MAX.
                     let expected = u32::try_from(len).unwrap_or(u32::MAX);
                     let token = token::request(slot_index, expected);
                     let suits = parts
@@ -754,7 +756,6 @@ impl Worker {
                         break;
                     }
                     slot.outstanding += 1;
-                    *unsubmitted = true;
                 }
             }
         }
@@ -853,9 +854,8 @@ impl Worker {
     // ---- completing requests ----
 
     fn submit(&mut self) {
-        if std::mem::take(&mut self.unsubmitted)
-            && let Err(error) = self.ring.submit()
-        {
+        // What tasks have queued goes too; with nothing queued this is no system call.
+        if let Err(error) = self.ring.submit() {
             // The entries stay in the submission queue; the next wait submits them again.
             error!("io_uring submit: {error}");
         }

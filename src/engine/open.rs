@@ -330,7 +330,6 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
             file_len,
         )?);
     }
-    disjoint(&places)?;
     for (index, snapshot) in snapshots.0.iter().enumerate() {
         let bytes = u64::from(snapshot.l1_size) * 8;
         let name = "L1 table of a snapshot";
@@ -360,6 +359,7 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
         let cluster = offset >> geometry.cluster_bits();
         places.push(("refcount block", cluster..cluster + 1));
     }
+    disjoint(places.clone())?;
     let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
     Ok(Parsed {
         header,
@@ -397,15 +397,18 @@ fn place(
     Ok((name, start..start + geometry.clusters_for(bytes)))
 }
 
-fn disjoint(places: &[(&'static str, Range<u64>)]) -> Result<(), Error> {
-    for (index, (name, clusters)) in places.iter().enumerate() {
-        for (other_name, other) in &places[..index] {
-            if clusters.start < other.end && other.start < clusters.end {
-                return Err(Error::new(
-                    ErrorKind::Corrupt,
-                    format!("the {name} and the {other_name} overlap in the image"),
-                ));
-            }
+/// No two tables share a cluster.
+fn disjoint(mut places: Vec<(&'static str, Range<u64>)>) -> Result<(), Error> {
+    places.retain(|(_, clusters)| !clusters.is_empty());
+    places.sort_by_key(|(_, clusters)| clusters.start);
+    for pair in places.windows(2) {
+        if let [(name, clusters), (next_name, next)] = pair
+            && next.start < clusters.end
+        {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("the {name} and the {next_name} overlap in the image"),
+            ));
         }
     }
     Ok(())

@@ -102,6 +102,7 @@ impl Subject {
             self.kill_once(round)
                 .map_err(|error| format!("round {round}: {error}"))?;
             if !self.dirty_bit {
+                qemu::wait_for_lock(&self.file)?;
                 qemu::expect_check(&self.file, &[CHECK_CLEAN, CHECK_LEAKS])
                     .map_err(|failure| format!("after kill {round}: {failure}"))?;
             }

@@ -517,6 +517,7 @@ fn a_second_signal_stops_at_once_and_loses_nothing_flushed() {
     let ended = server.finish().unwrap();
     assert_eq!(ended.code().unwrap(), 1, "{ended:?}");
     assert!(ended.stderr.contains("second signal"), "{ended:?}");
+    qemu::wait_for_lock(&scratch.file).unwrap();
     qemu::expect_check(&scratch.file, &[CHECK_CLEAN, CHECK_LEAKS]).unwrap();
     verify_after(&scratch, state);
 }

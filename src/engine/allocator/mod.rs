@@ -144,9 +144,9 @@ impl Allocator {
         let cluster_size = parts.geometry.cluster_size();
         let mut end = parts.file_len.div_ceil(cluster_size);
         if !parts.can_grow {
-            // A device does not grow: its unmanaged part is what no refcount block covers yet.
-            let covered = parts.table.iter().take_while(|entry| **entry != 0).count();
-            let covered = u64::try_from(covered).unwrap_or(u64::MAX);
+            // A device does not grow: its unmanaged part is what lies past the last refcount block.
+            let last = parts.table.iter().rposition(|entry| *entry != 0);
+            let covered = last.map_or(0, |last| u64::try_from(last).unwrap_or(u64::MAX) + 1);
             end = (parts.file_len / cluster_size)
                 .min(covered.saturating_mul(parts.geometry.refcount_block_entries()));
         }
@@ -262,7 +262,13 @@ impl Allocator {
         let mut published = 0;
         let result = self
             .update(storage, start, count, |cluster, refcount, _| {
-                assert_eq!(refcount, 0, "reserved cluster {cluster:#x} has a reference");
+                if refcount != 0 {
+                    // Only an image whose refcount blocks contradict each other gets here.
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!("free host cluster {cluster:#x} has refcount {refcount}"),
+                    ));
+                }
                 published += 1;
                 Ok(1)
             })

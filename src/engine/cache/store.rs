@@ -83,8 +83,13 @@ impl Store {
     /// Puts in the slices of a table that is new, so that nothing of it can be loading.
     pub(crate) fn insert_new(&self, body: Arc<SliceBody>) {
         let mut places = lock(&self.places);
+        let key = body.key().get();
+        // Left over only if the image names one cluster as data and as a table.
+        if let Some(Place::Live(old)) = places.remove(key) {
+            old.retire();
+        }
         self.make_room(&mut places);
-        places.insert(body.key().get(), Place::Live(body));
+        places.insert(key, Place::Live(body));
     }
 
     fn make_room(&self, places: &mut Sieve<Place>) {

@@ -9,10 +9,14 @@ use super::corpus::{self, Image};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Exit codes of `qemu-img check`, and so of `qblkd check`.
 pub(crate) const CHECK_CLEAN: i32 = 0;
 pub(crate) const CHECK_LEAKS: i32 = 3;
+
+/// How long the lock of a killed server may outlive it: as long as an opening qblkd waits.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The exit code of `qemu-img check`.
 pub(crate) fn check(file: &Path) -> Result<i32, Failure> {
@@ -29,6 +33,22 @@ pub(crate) fn expect_check(file: &Path, accepted: &[i32]) -> Result<(), Failure>
         return Ok(());
     }
     Err(format!("qemu-img check: {finished:?}").into())
+}
+
+/// Waits until nobody holds a lock on `file`: the kernel gives back that of a killed server only when
+/// its last host operations are done.
+pub(crate) fn wait_for_lock(file: &Path) -> Result<(), Failure> {
+    let started = Instant::now();
+    loop {
+        let mut command = Command::new("qemu-img");
+        let finished = run_command(command.args(["info", "-f", "qcow2"]).arg(file), LIMIT)?;
+        if finished.status.success() {
+            return Ok(());
+        }
+        if !finished.stderr.contains("lock") || started.elapsed() > LOCK_PATIENCE {
+            return Err(format!("qemu-img info: {finished:?}").into());
+        }
+    }
 }
 
 /// `qemu-img compare` finds `file` equal to a raw file.
