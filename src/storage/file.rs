@@ -92,7 +92,7 @@ pub struct HostFile {
     /// direct regular file the file system's block; else 1.
     block_size: u64,
     /// The pages that hold the end of a direct regular file whose length at open is no multiple of
-    /// `offset_align`; empty otherwise. Writes in here go through `buffered` and the range lock, for
+    /// the host's block; empty otherwise. Writes in here go through `buffered` and the range lock, for
     /// as long as the file is open; nothing else writes here.
     tail: Range<u64>,
     /// Bit set of [`Feature`]s that the host refused with "not supported".
@@ -317,7 +317,9 @@ impl HostFile {
     }
 
     fn find_tail(&mut self, len: u64) {
-        if self.buffered.is_some() && !len.is_multiple_of(self.offset_align) {
+        // A change of length zeroes the rest of the file system's block through the page cache.
+        let block = self.offset_align.max(self.block_size);
+        if self.buffered.is_some() && !len.is_multiple_of(block) {
             let start = len - len % PAGE_SIZE_MAX;
             self.tail = start..start.saturating_add(PAGE_SIZE_MAX);
         }

@@ -20,6 +20,8 @@ use crate::units::HostOffset;
 const CHUNK_CLUSTERS_MIN: u64 = 64;
 /// ... and at most this many bytes.
 const CHUNK_BYTES_MAX: u64 = 64 << 20;
+/// The host's pages.
+const PAGE_BYTES: u64 = 4096;
 
 /// A refcount block to be made: its index and the cluster that it will live in.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +61,12 @@ impl Allocator {
         let chunk = (start / 8)
             .min(CHUNK_BYTES_MAX >> self.geometry.cluster_bits())
             .max(CHUNK_CLUSTERS_MIN);
-        let end = (start + chunk).min(covered).min(device_clusters);
+        // To a whole page: a file that is written past the page cache must not end inside one.
+        let page_clusters = (PAGE_BYTES >> self.geometry.cluster_bits()).max(1);
+        let end = (start + chunk)
+            .next_multiple_of(page_clusters)
+            .min(covered)
+            .min(device_clusters);
         let plan = self.plan(start..end);
         self.extend_file(storage, end).await?;
         let len = (end - start) << self.geometry.cluster_bits();
