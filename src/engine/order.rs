@@ -304,7 +304,11 @@ impl<S: Storage> Worker<S> {
         self.give_back_extent();
         match self.image.state() {
             State::ReadOnly => return Ok(()),
-            State::Failed => return Err(Image::failed_error()),
+            State::Failed => {
+                // Said when it happened; said again where somebody looks who stops a service.
+                log::error!("the image has failed and is left as it is: check it before its next use");
+                return Ok(());
+            }
             State::Opened | State::Ready => {}
         }
         self.flush().await?;
