@@ -306,7 +306,9 @@ impl<S: Storage> Worker<S> {
             State::ReadOnly => return Ok(()),
             State::Failed => {
                 // Said when it happened; said again where somebody looks who stops a service.
-                log::error!("the image has failed and is left as it is: check it before its next use");
+                log::error!(
+                    "the image has failed and is left as it is: check it before its next use"
+                );
                 return Ok(());
             }
             State::Opened | State::Ready => {}
