@@ -251,4 +251,27 @@ mod tests {
         // [2^10, 2^11) lies between the first two boundaries.
         assert_eq!(histogram.bins[1], buckets[10]);
     }
+
+    #[test]
+    fn a_failed_request_is_an_io_error_and_damage_is_corruption() {
+        let failed = ImageEvent::RequestFailed {
+            write: true,
+            no_space: true,
+            message: "full".to_owned(),
+        };
+        let Event::BlockIoError {
+            operation, nospace, ..
+        } = event("disk0", failed)
+        else {
+            panic!("not an I/O error");
+        };
+        assert_eq!((operation, nospace), (IoOperation::Write, true));
+        let corrupted = ImageEvent::Corrupted {
+            message: "bad".to_owned(),
+        };
+        assert!(matches!(
+            event("disk0", corrupted),
+            Event::BlockImageCorrupted { fatal: true, .. }
+        ));
+    }
 }

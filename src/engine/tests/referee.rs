@@ -151,3 +151,27 @@ fn qemu_agrees_after_random_work_on_every_kind() {
         }
     }
 }
+
+/// The disk of a raw file has whole sectors. The part of the last one past the end of the file read
+/// as zeroes even after it was written, until the image was opened again.
+#[test]
+fn the_last_sector_of_an_odd_raw_file_keeps_what_is_written() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("odd.raw");
+    std::fs::write(&path, vec![7; 1000]).expect("raw");
+    let storage = storage(&path);
+    let specs = [LayerSpec {
+        file: FileId(0),
+        format: LayerFormat::Raw,
+    }];
+    let image =
+        block_on(Image::open(&storage, &specs, &OpenOptions::default())).expect("image opens");
+    assert_eq!(image.virtual_size(), 1024);
+    let worker = image.worker(storage);
+    let last = GuestOffset::new(512);
+    let bytes = SgList::from_buf(AlignedBuf::from_slice(&[9; 512]));
+    block_on(worker.write(worker.pin(), last, bytes)).expect("write");
+    let found = SgList::from_buf(AlignedBuf::zeroed(512));
+    block_on(worker.read(worker.pin(), last, found.slice(0, 512))).expect("read");
+    assert_eq!(found.to_vec(), vec![9; 512]);
+}
