@@ -1,12 +1,14 @@
 //! The write side of the active layer: which tables are ours, what is taken, what was dropped.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::allocator::Allocator;
 use super::error::lock;
 use super::header_owner::HeaderOwner;
+use super::order::keeps;
+use super::snapshot::Snapshots;
 use super::taken::Taken;
 use crate::format::geometry::Geometry;
 use crate::format::l2::{Cluster, compressed_host_clusters};
@@ -19,6 +21,89 @@ pub(crate) struct Dropped {
     pub(crate) count: u64,
     /// They are L2 tables.
     pub(crate) tables: bool,
+}
+
+/// References that requests have given up in memory, and the snapshots that may still need them.
+///
+/// One lock for both: "unsettled? then record, else decrement" and "mark settled, apply" exclude
+/// each other.
+#[derive(Debug, Default)]
+pub(crate) struct Drops {
+    /// Taken away after the next flush.
+    now: Vec<Dropped>,
+    /// Oldest first.
+    unsettled: VecDeque<Unsettled>,
+}
+
+/// A frozen tree whose references are not counted yet.
+#[derive(Debug)]
+struct Unsettled {
+    key: u64,
+    /// Dropped since this freeze and before the next: taken away when this snapshot and all older
+    /// ones are settled.
+    recorded: Vec<Dropped>,
+}
+
+impl Drops {
+    /// A tree was frozen. The L1 lock is held; the generation is raised afterwards.
+    pub(crate) fn freeze(&mut self, key: u64) {
+        self.unsettled.push_back(Unsettled {
+            key,
+            recorded: Vec::new(),
+        });
+    }
+
+    /// No frozen tree waits for its references.
+    pub(crate) fn all_settled(&self) -> bool {
+        self.unsettled.is_empty()
+    }
+
+    /// The references of this tree are counted, or will never be: what was dropped since goes with
+    /// the next older tree, or now.
+    pub(crate) fn settle(&mut self, key: u64) {
+        let Some(index) = self.unsettled.iter().position(|tree| tree.key == key) else {
+            return;
+        };
+        let Some(tree) = self.unsettled.remove(index) else {
+            return;
+        };
+        let list = match index.checked_sub(1).and_then(|i| self.unsettled.get_mut(i)) {
+            Some(older) => &mut older.recorded,
+            None => &mut self.now,
+        };
+        for dropped in tree.recorded {
+            push(list, dropped);
+        }
+    }
+
+    /// A reference that the active tree alone had.
+    fn drop_own(&mut self, dropped: Dropped) {
+        push(&mut self.now, dropped);
+    }
+
+    /// One that a frozen tree may have, too.
+    fn drop_shared(&mut self, dropped: Dropped) {
+        let list = match self.unsettled.back_mut() {
+            Some(newest) if keeps!(DeferDecrement) => &mut newest.recorded,
+            _ => &mut self.now,
+        };
+        push(list, dropped);
+    }
+
+    /// What the next flush may take away when it is done.
+    pub(crate) fn take(&mut self) -> Vec<Dropped> {
+        std::mem::take(&mut self.now)
+    }
+}
+
+/// Neighbours become one run.
+fn push(list: &mut Vec<Dropped>, dropped: Dropped) {
+    match list.last_mut() {
+        Some(last) if last.tables == dropped.tables && last.start + last.count == dropped.start => {
+            last.count += dropped.count;
+        }
+        _ => list.push(dropped),
+    }
 }
 
 /// What the L1 lock protects, besides the right to add or replace an L2 table.
@@ -36,6 +121,8 @@ pub(crate) struct L1State {
 pub(crate) struct Active {
     /// For each L1 entry the generation since which its table is ours alone; 0 is never.
     pub(crate) owned_since: Box<[AtomicU64]>,
+    /// Virtual size in bytes, as the header has it.
+    pub(crate) disk_size: u64,
     /// Where the active L1 table is.
     pub(crate) l1_offset: u64,
     pub(crate) l1: Mutex<L1State>,
@@ -44,7 +131,8 @@ pub(crate) struct Active {
     /// Guest clusters that are being allocated, copied or discarded.
     pub(crate) taken: Arc<Taken>,
     pub(crate) allocator: Allocator,
-    pub(crate) dropped: Mutex<Vec<Dropped>>,
+    pub(crate) drops: Mutex<Drops>,
+    pub(crate) snapshots: Snapshots,
     pub(crate) header: Arc<HeaderOwner>,
     /// Some autoclear feature is set in the file that the first write must clear.
     pub(crate) clear_autoclear: bool,
@@ -66,36 +154,72 @@ impl Active {
         }
     }
 
-    /// Records that an entry no longer refers to what it did.
+    /// Records that an entry no longer refers to what it did. `own`: the entry had the copied flag,
+    /// in a table that is ours or was frozen with the change in it, so that nobody else refers to
+    /// the cluster.
     pub(crate) fn drop_cluster(&self, geometry: Geometry, cluster: Cluster) {
-        let (start, last) = match cluster {
+        let (start, last, own) = match cluster {
             Cluster::Unallocated | Cluster::ZeroPlain => return,
-            Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. } => {
+            Cluster::Standard { host, copied } | Cluster::ZeroAllocated { host, copied } => {
                 let index = geometry.host_cluster(host).get();
-                (index, index)
+                (index, index, copied)
             }
             Cluster::Compressed { host, bytes } => {
                 let touched = compressed_host_clusters(geometry, host, bytes);
-                (touched.start().get(), touched.end().get())
+                (touched.start().get(), touched.end().get(), false)
             }
         };
-        self.drop_clusters(Dropped {
+        let dropped = Dropped {
             start,
             count: last - start + 1,
             tables: false,
-        });
+        };
+        let mut drops = lock(&self.drops);
+        if own {
+            drops.drop_own(dropped);
+        } else {
+            drops.drop_shared(dropped);
+        }
     }
 
-    /// Records dropped clusters; neighbours become one run.
-    pub(crate) fn drop_clusters(&self, dropped: Dropped) {
-        let mut list = lock(&self.dropped);
-        match list.last_mut() {
-            Some(last)
-                if last.tables == dropped.tables && last.start + last.count == dropped.start =>
-            {
-                last.count += dropped.count;
-            }
-            _ => list.push(dropped),
+    /// Records that the active tree no longer refers to clusters that a frozen one may refer to.
+    pub(crate) fn drop_shared(&self, dropped: Dropped) {
+        lock(&self.drops).drop_shared(dropped);
+    }
+
+    /// Records that nobody refers to these clusters any more; that is durable already or will be
+    /// with the next flush.
+    pub(crate) fn drop_own(&self, dropped: Dropped) {
+        lock(&self.drops).drop_own(dropped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(start: u64) -> Dropped {
+        Dropped {
+            start,
+            count: 1,
+            tables: false,
         }
+    }
+
+    #[test]
+    fn a_shared_drop_waits_for_the_newest_frozen_tree_and_all_older_ones() {
+        let mut drops = Drops::default();
+        drops.drop_shared(run(1));
+        drops.freeze(1);
+        drops.drop_shared(run(3));
+        drops.drop_own(run(5));
+        drops.freeze(2);
+        drops.drop_shared(run(7));
+        assert_eq!(drops.take(), [run(1), run(5)]);
+        drops.settle(2);
+        assert_eq!(drops.take(), []);
+        drops.settle(1);
+        assert_eq!(drops.take(), [run(3), run(7)]);
+        assert!(drops.all_settled());
     }
 }

@@ -61,7 +61,7 @@ impl<S: Storage> Worker<S> {
 
     async fn change(
         &self,
-        pin: PinGuard,
+        mut pin: PinGuard,
         offset: GuestOffset,
         len: u64,
         wish: Wish,
@@ -76,7 +76,7 @@ impl<S: Storage> Worker<S> {
                     mapping,
                     active,
                 };
-                self.change_range(target, &pin, offset.get(), len, wish)
+                self.change_range(target, &mut pin, offset.get(), len, wish)
                     .await
             }
             _ => {
@@ -103,7 +103,7 @@ impl<S: Storage> Worker<S> {
     async fn change_range(
         &self,
         target: Target<'_>,
-        pin: &PinGuard,
+        pin: &mut PinGuard,
         offset: u64,
         len: u64,
         wish: Wish,
@@ -137,7 +137,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Writes zeroes over part of a range, unless it reads as zeroes already.
-    async fn zero_bytes(&self, pin: &PinGuard, position: u64, len: u64) -> Result<(), Error> {
+    async fn zero_bytes(&self, pin: &mut PinGuard, position: u64, len: u64) -> Result<(), Error> {
         let mut done = 0;
         while done < len {
             let part = (len - done).min(ZERO_CHUNK);
@@ -154,7 +154,7 @@ impl<S: Storage> Worker<S> {
     async fn change_clusters(
         &self,
         target: Target<'_>,
-        pin: &PinGuard,
+        pin: &mut PinGuard,
         position: u64,
         len: u64,
         wish: Wish,

@@ -32,6 +32,10 @@ pub enum ErrorKind {
     Invalid,
     /// Another process holds the image.
     Locked,
+    /// Something of that name is there already.
+    Exists,
+    /// Nothing of that name is there.
+    NotFound,
 }
 
 /// An engine error.

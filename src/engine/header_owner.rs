@@ -44,9 +44,27 @@ impl HeaderOwner {
         storage: &S,
         change: impl FnOnce(&mut Header),
     ) -> Result<(), Error> {
+        self.update_if(storage, |header| {
+            change(header);
+            true
+        })
+        .await
+    }
+
+    /// As [`Self::update`], unless `change` says that nothing needs to change.
+    ///
+    /// # Errors
+    /// As for [`Self::update`].
+    pub(crate) async fn update_if<S: Storage>(
+        &self,
+        storage: &S,
+        change: impl FnOnce(&mut Header) -> bool,
+    ) -> Result<(), Error> {
         let mut header = self.header.lock().await;
         let mut changed = header.clone();
-        change(&mut changed);
+        if !change(&mut changed) {
+            return Ok(());
+        }
         let (read, buf) = storage
             .read_buf(self.file, 0, AlignedBuf::zeroed(SECTOR))
             .await;

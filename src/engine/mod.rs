@@ -30,6 +30,7 @@ mod order;
 mod pin;
 mod protected;
 mod read;
+mod snapshot;
 mod source;
 mod table;
 mod taken;
@@ -57,6 +58,9 @@ pub use self::error::{Error, ErrorKind};
 pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
+pub use self::snapshot::{
+    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo,
+};
 pub use self::worker::Worker;
 
 /// What an image may do now.
@@ -125,6 +129,8 @@ pub struct Image {
     /// `cache=unsafe`: nothing is ever made durable on purpose.
     no_flush: bool,
     counters: Mutex<Vec<Arc<CacheCounters>>>,
+    /// What the snapshot table says, where nobody can change it.
+    read_only_snapshots: Vec<SnapshotInfo>,
     event_sink: Mutex<Option<EventSink>>,
 }
 

@@ -19,6 +19,7 @@ use super::layer::{Layer, LayerKind, Mapping};
 use super::order::FlushGate;
 use super::pin::PinBoard;
 use super::protected::Protected;
+use super::snapshot::{Snapshots, Table};
 use super::taken::Taken;
 use super::{Image, State};
 use crate::format::geometry::Geometry;
@@ -91,6 +92,7 @@ impl Default for OpenOptions {
 /// A parsed qcow2 layer before it becomes part of an image.
 struct Parsed {
     header: Header,
+    snapshots: Table,
     l1: Box<[u64]>,
     refcount_table: Vec<u64>,
     protected: Protected,
@@ -122,6 +124,7 @@ impl Image {
         let board = Arc::new(PinBoard::new());
         let mut layers = Vec::with_capacity(specs.len());
         let mut write_side = None;
+        let mut read_only_snapshots = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let read_only = options.read_only || index > 0;
             let layer_index = u8::try_from(index).unwrap_or(u8::MAX);
@@ -184,6 +187,11 @@ impl Image {
                 size,
                 kind,
             });
+            if index == 0
+                && let Some((header, _, _, snapshots)) = &parts
+            {
+                read_only_snapshots = snapshots.infos(header.size);
+            }
             if index == 0 && !options.read_only {
                 write_side = parts;
             }
@@ -191,9 +199,9 @@ impl Image {
         let (bodies_max, directory_slots) = cache_size(&layers, options);
         let store = Store::new(bodies_max);
         let active = match (write_side, layers.first()) {
-            (Some((header, table, file_len)), Some(layer)) => Some(active(
-                storage, layer, header, table, file_len, options, &board, &store,
-            )),
+            (Some(parts), Some(layer)) => {
+                Some(active(storage, layer, parts, options, &board, &store))
+            }
             _ => None,
         };
         let state = match (&active, options.read_only) {
@@ -213,6 +221,7 @@ impl Image {
             discard: options.discard,
             no_flush: options.no_flush,
             counters: Mutex::default(),
+            read_only_snapshots,
             event_sink: Mutex::default(),
         }))
     }
@@ -361,8 +370,15 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
     }
     disjoint(places.clone())?;
     let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
+    let snapshots = Table {
+        entries: snapshots.0,
+        pending: Vec::new(),
+        start: header.snapshot_table_offset.get() >> geometry.cluster_bits(),
+        count: geometry.clusters_for(snapshot_bytes),
+    };
     Ok(Parsed {
         header,
+        snapshots,
         l1,
         refcount_table,
         protected,
@@ -449,7 +465,7 @@ async fn snapshots<S: Storage>(
     }
 }
 
-type WriteParts = (Header, Vec<u64>, u64);
+type WriteParts = (Header, Vec<u64>, u64, Table);
 
 fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     let geometry = parsed.header.geometry();
@@ -468,20 +484,19 @@ fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     };
     (
         mapping,
-        (parsed.header, parsed.refcount_table, parsed.managed_end),
+        (
+            parsed.header,
+            parsed.refcount_table,
+            parsed.managed_end,
+            parsed.snapshots,
+        ),
     )
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "each is one part of what open has gathered"
-)]
 fn active<S: Storage>(
     storage: &S,
     layer: &Layer,
-    header: Header,
-    table: Vec<u64>,
-    file_len: u64,
+    (header, table, file_len, snapshots): WriteParts,
     options: &OpenOptions,
     board: &Arc<PinBoard>,
     store: &Arc<Store>,
@@ -526,6 +541,7 @@ fn active<S: Storage>(
             .refcount_cache_size
             .unwrap_or(REFCOUNT_CACHE_BYTES_DEFAULT),
     };
+    let disk_size = header.size;
     let header = Arc::new(HeaderOwner::new(layer.file, header));
     let allocator = Allocator::new(
         parts,
@@ -540,7 +556,9 @@ fn active<S: Storage>(
         taken_tables: Arc::new(Taken::default()),
         taken: Arc::new(Taken::default()),
         allocator,
-        dropped: Mutex::default(),
+        drops: Mutex::default(),
+        snapshots: Snapshots::new(snapshots, disk_size),
+        disk_size,
         header,
         clear_autoclear,
     }

@@ -80,6 +80,22 @@ pub(crate) enum Rule {
     ZeroNewTable,
     /// A hole is punched before the cluster can be reused.
     PunchBeforeReuse,
+    /// Old bytes are copied only once requests from before the freeze are done.
+    GraceBeforeCopy,
+    /// A snapshot is committed only once requests from before the freeze are done.
+    GraceBeforeCommit,
+    /// The generation is raised in the same step that copies the L1 table.
+    RaiseUnderL1Lock,
+    /// A link looks again whether L1 names the table and it is ours.
+    CheckAtLink,
+    /// What an unsettled snapshot may share is not given back.
+    DeferDecrement,
+    /// The dirty bit is durable before a snapshot is committed or deleted.
+    DirtyBeforeChange,
+    /// A snapshot's L1 table and the snapshot table are durable before the header names them.
+    RootBeforeHeader,
+    /// Refcounts and copied flags are durable before the dirty bit goes.
+    SettledBeforeClean,
 }
 
 #[cfg(test)]
@@ -101,6 +117,21 @@ impl Rule {
         Self::PadReused,
         Self::ZeroNewTable,
         Self::PunchBeforeReuse,
+    ];
+}
+
+#[cfg(test)]
+impl Rule {
+    /// The rules that only snapshots need.
+    pub(crate) const SNAPSHOT: [Self; 8] = [
+        Self::GraceBeforeCopy,
+        Self::GraceBeforeCommit,
+        Self::RaiseUnderL1Lock,
+        Self::CheckAtLink,
+        Self::DeferDecrement,
+        Self::DirtyBeforeChange,
+        Self::RootBeforeHeader,
+        Self::SettledBeforeClean,
     ];
 }
 
@@ -373,7 +404,7 @@ impl<S: Storage> Worker<S> {
     }
 
     fn collect(&self, mapping: &Mapping, active: &Active) -> Collected {
-        let dropped = std::mem::take(&mut *lock(&active.dropped));
+        let dropped = lock(&active.drops).take();
         let (l1_indices, l1_values) = {
             let mut l1 = lock(&active.l1);
             let mut indices = std::mem::take(&mut l1.modified);

@@ -10,6 +10,10 @@
 //!   publish again. A batch takes no entry that became visible after that load.
 //! - A cluster freed in epoch `e` may be reused once no published pin is `<= e`.
 //! - A worker without requests publishes [`NO_PIN`].
+//!
+//! *Grace* of a generation is over once no pin of an older one is published: requests that were
+//! submitted before the freeze may write in place until then. One task polls for it; requests that
+//! must copy old bytes wait for its word.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -18,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_utils::CachePadded;
+use event_listener::Event;
 
 use super::error::lock;
 
@@ -31,6 +36,10 @@ const EPOCH_BITS: u32 = 40;
 pub(crate) struct PinBoard {
     clock: CachePadded<AtomicU64>,
     slots: Mutex<Vec<Arc<Slot>>>,
+    /// The newest generation whose grace is known to be over.
+    graced: AtomicU64,
+    /// Notified when `graced` rises.
+    grace_over: Event,
 }
 
 #[derive(Debug)]
@@ -46,12 +55,48 @@ impl PinBoard {
         Self {
             clock: CachePadded::new(AtomicU64::new(1 << EPOCH_BITS)),
             slots: Mutex::new(Vec::new()),
+            graced: AtomicU64::new(1),
+            grace_over: Event::new(),
         }
     }
 
     /// The current generation.
     pub(crate) fn generation(&self) -> u64 {
         self.clock.load(Ordering::Acquire) >> EPOCH_BITS
+    }
+
+    /// The instant of a freeze: what was owned so far is owned no more. Returns the new generation.
+    /// The caller holds the L1 lock, and sees to it that [`Self::end_grace`] is called until it
+    /// says yes.
+    pub(crate) fn raise_generation(&self) -> u64 {
+        let before = self.clock.fetch_add(1 << EPOCH_BITS, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        (before >> EPOCH_BITS) + 1
+    }
+
+    /// Whether no pin older than `generation` is left; who waits for that is told.
+    pub(crate) fn end_grace(&self, generation: u64) -> bool {
+        if self.oldest() >> EPOCH_BITS < generation {
+            return false;
+        }
+        self.graced.fetch_max(generation, Ordering::AcqRel);
+        self.grace_over.notify(usize::MAX);
+        true
+    }
+
+    /// Waits until the grace of `generation` is over. The caller may hold a pin of that generation,
+    /// none of an older one, and nothing that a request of an older one may wait for.
+    pub(crate) async fn grace(&self, generation: u64) {
+        loop {
+            if self.graced.load(Ordering::Acquire) >= generation {
+                return;
+            }
+            let listener = self.grace_over.listen();
+            if self.graced.load(Ordering::Acquire) >= generation {
+                return;
+            }
+            listener.await;
+        }
     }
 
     /// Starts a new epoch and returns the one that ended: what was unlinked before this call may
@@ -190,6 +235,16 @@ impl PinGuard {
         }
     }
 
+    /// Pins the present instead, if the generation has changed. True: it had. Everything that the
+    /// request has written in place so far has landed.
+    pub(crate) fn renew(&mut self) -> bool {
+        if self.generation() == self.table.board.generation() {
+            return false;
+        }
+        *self = self.table.pin();
+        true
+    }
+
     /// The generation that this request works in.
     #[inline]
     pub(crate) fn generation(&self) -> u64 {
@@ -225,6 +280,22 @@ mod tests {
         assert!(board.oldest() <= ended);
         drop(shared);
         assert_eq!(board.oldest(), NO_PIN);
+    }
+
+    #[test]
+    fn grace_ends_with_the_last_pin_of_an_older_generation() {
+        let board = Arc::new(PinBoard::new());
+        let table = PinTable::new(&board);
+        let old = table.pin();
+        let generation = board.raise_generation();
+        let mut moved = old.share();
+        assert_eq!((old.generation(), generation), (1, 2));
+        assert!(!board.end_grace(generation));
+        drop(old);
+        assert!(!board.end_grace(generation));
+        assert!(moved.renew() && !moved.renew());
+        assert_eq!(moved.generation(), generation);
+        assert!(board.end_grace(generation));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::cache::slice::SliceBody;
 use super::error::{Error, lock};
 use super::layer::{EntryPlace, Layer, Mapping};
 use super::order::keeps;
+use super::pin::PinGuard;
 use super::worker::Worker;
 use crate::format::l1::L1Entry;
 use crate::format::l2::L2Entry;
@@ -27,7 +28,8 @@ pub(crate) struct Target<'a> {
 }
 
 impl<S: Storage> Worker<S> {
-    /// The L2 table of an L1 index, ours alone in `generation`: made or copied if need be.
+    /// The L2 table of an L1 index, ours alone in the generation of `pin`: made or copied if need
+    /// be. A pin of a generation that has passed is renewed where the table is not owned in it.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Corrupt`; nothing is half-linked then.
@@ -35,10 +37,13 @@ impl<S: Storage> Worker<S> {
         &self,
         target: Target<'_>,
         l1_index: usize,
-        generation: u64,
+        pin: &mut PinGuard,
     ) -> Result<HostOffset, Error> {
         loop {
-            let owned = target.active.is_owned(l1_index, generation);
+            let mut owned = target.active.is_owned(l1_index, pin.generation());
+            if !owned && pin.renew() {
+                owned = target.active.is_owned(l1_index, pin.generation());
+            }
             let entry = target.mapping.l1_entry(l1_index);
             if entry.0 == 0 {
                 self.make_table(target, l1_index).await?;
@@ -176,7 +181,7 @@ impl<S: Storage> Worker<S> {
                 l1.modified.push(l1_index);
                 self.store_l1(target, l1_index, host);
                 let start = mapping.geometry.host_cluster(old).get();
-                active.drop_clusters(Dropped {
+                active.drop_shared(Dropped {
                     start,
                     count: 1,
                     tables: true,

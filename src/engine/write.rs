@@ -52,10 +52,15 @@ impl<S: Storage> Worker<S> {
     /// # Errors
     /// `OutOfRange`, `ReadOnly`, `Failed`; `NoSpace` and `Io` of the host, after which each sector
     /// holds its old or its new content.
-    pub async fn write(&self, pin: PinGuard, offset: GuestOffset, sg: SgList) -> Result<(), Error> {
+    pub async fn write(
+        &self,
+        mut pin: PinGuard,
+        offset: GuestOffset,
+        sg: SgList,
+    ) -> Result<(), Error> {
         self.image.check_range(offset, sg.len())?;
         self.prepare_write().await?;
-        let result = self.write_range(&pin, offset.get(), &sg).await;
+        let result = self.write_range(&mut pin, offset.get(), &sg).await;
         drop(pin);
         self.seen(result).await
     }
@@ -89,7 +94,7 @@ impl<S: Storage> Worker<S> {
 
     pub(crate) async fn write_range(
         &self,
-        pin: &PinGuard,
+        pin: &mut PinGuard,
         offset: u64,
         sg: &SgList,
     ) -> Result<(), Error> {
@@ -142,13 +147,13 @@ impl<S: Storage> Worker<S> {
     pub(crate) async fn look<'a>(
         &'a self,
         target: Target<'a>,
-        pin: &PinGuard,
+        pin: &mut PinGuard,
         position: u64,
         len: u64,
     ) -> Result<Span<'a, 'a>, Error> {
         let (place, count) = Self::span(target.mapping, position, len);
+        let table = self.owned_table(target, place.l1_index, pin).await?;
         let generation = pin.generation();
-        let table = self.owned_table(target, place.l1_index, generation).await?;
         let slice = self
             .slice(target.layer, target.mapping, table, &place)
             .await?;
@@ -226,8 +231,12 @@ impl<S: Storage> Worker<S> {
         whole.append(SgList::zeroes(cluster_size - inside - sg.len()));
         self.write_host(span.target.layer.file, host.get(), whole)
             .await?;
-        self.link(span, 1, |_, _| Some(L2Entry::standard(host, true)))
-            .await?;
+        self.link(span, 1, |_, now| {
+            // A freeze since then shares the cluster: with a tree that reads zeroes from it.
+            let copied = matches!(now, Cluster::ZeroAllocated { copied: true, .. });
+            Some(L2Entry::standard(host, copied))
+        })
+        .await?;
         Ok(sg.len())
     }
 
@@ -239,6 +248,11 @@ impl<S: Storage> Worker<S> {
         inside: u64,
         sg: &SgList,
     ) -> Result<u64, Error> {
+        // Requests from before the freeze may still write in place what is copied here. Before the
+        // cluster is taken: one of them may wait for it.
+        if span.copies_old_bytes(clusters, inside, sg.len()) && keeps!(GraceBeforeCopy) {
+            self.image.board.grace(span.generation).await;
+        }
         let Some(mut taken) = self.take(span, clusters).await else {
             return Ok(0);
         };
@@ -366,13 +380,15 @@ impl<S: Storage> Worker<S> {
             return Ok(());
         }
         loop {
-            // The table was copied meanwhile, or its slice left the store. What is taken has not
-            // changed but for its copied flags.
+            // The table was frozen or copied meanwhile, or its slice left the store. What is taken
+            // has not changed but for its copied flags. The link is of the present generation,
+            // whatever the request has pinned.
             let Target { layer, mapping, .. } = span.target;
-            let generation = self.generation();
+            let mut pin = self.pin();
             let table = self
-                .owned_table(span.target, span.place.l1_index, generation)
+                .owned_table(span.target, span.place.l1_index, &mut pin)
                 .await?;
+            let generation = pin.generation();
             let slice = self.slice(layer, mapping, table, &span.place).await?;
             let again = Span {
                 target: span.target,
@@ -400,7 +416,7 @@ impl<S: Storage> Worker<S> {
             mapping, active, ..
         } = span.target;
         let mut state = body.lock();
-        if !span.is_current() {
+        if !span.is_current() && keeps!(CheckAtLink) {
             return Ok(false);
         }
         for index in 0..count {
@@ -474,6 +490,16 @@ impl Span<'_, '_> {
         let mapping = self.target.mapping;
         let guest = GuestOffset::new(self.start + to_u64(index) * mapping.geometry.cluster_size());
         mapping.cluster(guest, self.entries.get(index).copied().unwrap_or_default())
+    }
+
+    /// Does a write of `len` bytes from `inside` the first cluster need bytes of clusters that were
+    /// ours alone in an older generation?
+    fn copies_old_bytes(&self, clusters: usize, inside: u64, len: u64) -> bool {
+        // Only a standard cluster is ever written in place.
+        let is_data = |index| matches!(self.cluster(index), Ok(Cluster::Standard { .. }));
+        let end = inside + len;
+        let covers_end = end >= to_u64(clusters) * self.target.mapping.geometry.cluster_size();
+        (inside > 0 && is_data(0)) || (!covers_end && is_data(clusters - 1))
     }
 
     /// L1 still names the table, it is ours, and the body is the live one. The slice lock is held.

@@ -25,6 +25,7 @@ pub mod sim;
 
 use std::future::Future;
 use std::io;
+use std::time::Duration;
 
 pub use buffer::{AlignedBuf, SgList};
 pub use file::{Direction, HostFile, HostFileKind, OpenMode, block_on};
@@ -85,6 +86,12 @@ pub trait Storage: 'static {
     /// no allocation. A hint: where it cannot be had (also for lack of space) nothing is done.
     fn reserve(&self, file: FileId, offset: u64, len: u64) -> impl Future<Output = ()> {
         let _ = (file, offset, len);
+        std::future::ready(())
+    }
+
+    /// Lets some time pass. Blocks the thread: for background work on a thread of its own.
+    fn pause(&self, duration: Duration) -> impl Future<Output = ()> {
+        std::thread::sleep(duration);
         std::future::ready(())
     }
 

@@ -980,6 +980,10 @@ impl SimStorage {
 }
 
 impl Storage for SimStorage {
+    async fn pause(&self, _: std::time::Duration) {
+        yield_now().await;
+    }
+
     async fn read(&self, file: FileId, offset: u64, sg: SgList) -> io::Result<()> {
         assert!(sg.is_writable(), "read into the shared zero bytes");
         let range = (offset, sg.len());

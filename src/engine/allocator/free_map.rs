@@ -151,6 +151,45 @@ impl FreeMaps {
         }
     }
 
+    /// Takes the lowest run of exactly `count` clusters, which may span blocks.
+    pub(super) fn take_contiguous(&mut self, count: u64, entries: u64) -> Option<u64> {
+        let mut start = 0;
+        let mut len = 0;
+        'search: for block in &self.with_free {
+            let Some(map) = self.maps.get(block) else {
+                continue;
+            };
+            let words = map.words.iter().enumerate().skip(map.first_word);
+            for (index, word) in words.filter(|(_, word)| **word != 0) {
+                let base = map.base + u64::try_from(index).unwrap_or(0) * 64;
+                for cluster in (base..base + 64).filter(|cluster| word >> (cluster - base) & 1 != 0)
+                {
+                    if len == 0 || start + len != cluster {
+                        (start, len) = (cluster, 0);
+                    }
+                    len += 1;
+                    if len == count {
+                        break 'search;
+                    }
+                }
+            }
+        }
+        if len < count {
+            return None;
+        }
+        for cluster in start..start + count {
+            let block = cluster / entries;
+            if let Some(map) = self.maps.get_mut(&block) {
+                map.clear(cluster);
+                self.free -= 1;
+                if map.free == 0 {
+                    self.with_free.remove(&block);
+                }
+            }
+        }
+        Some(start)
+    }
+
     pub(super) fn is_free(&self, cluster: u64, entries: u64) -> bool {
         self.maps
             .get(&(cluster / entries))
@@ -201,6 +240,19 @@ mod tests {
         assert_eq!(maps.take(8), Some((251, 1)));
         assert_eq!(maps.take(8), None);
         assert_eq!(maps.count(), 0);
+    }
+
+    #[test]
+    fn takes_a_run_across_blocks_or_none() {
+        let mut maps = FreeMaps::default();
+        maps.learn(0, 0..256, |cluster| cluster >= 253 || cluster == 100);
+        maps.learn(1, 256..512, |cluster| cluster < 258);
+        assert_eq!(maps.take_contiguous(6, 256), None);
+        assert_eq!(maps.take_contiguous(4, 256), Some(253));
+        assert_eq!(maps.take_contiguous(2, 256), None);
+        assert_eq!(maps.count(), 2);
+        assert_eq!(maps.take(2), Some((100, 1)));
+        assert_eq!(maps.take(2), Some((257, 1)));
     }
 
     #[test]

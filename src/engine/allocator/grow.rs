@@ -25,15 +25,9 @@ const PAGE_BYTES: u64 = 4096;
 
 /// A refcount block to be made: its index and the cluster that it will live in.
 #[derive(Clone, Copy, Debug)]
-struct NewBlock {
-    block: u64,
-    cluster: u64,
-}
-
-/// What growing will do.
-struct Plan {
-    clusters: Range<u64>,
-    new_blocks: Vec<NewBlock>,
+pub(super) struct NewBlock {
+    pub(super) block: u64,
+    pub(super) cluster: u64,
 }
 
 impl Allocator {
@@ -61,44 +55,59 @@ impl Allocator {
         let chunk = (start / 8)
             .min(CHUNK_BYTES_MAX >> self.geometry.cluster_bits())
             .max(CHUNK_CLUSTERS_MIN);
-        // To a whole page: a file that is written past the page cache must not end inside one.
-        let page_clusters = (PAGE_BYTES >> self.geometry.cluster_bits()).max(1);
-        let end = (start + chunk)
-            .next_multiple_of(page_clusters)
+        let end = self
+            .page_align_up(start + chunk)
             .min(covered)
             .min(device_clusters);
-        let plan = self.plan(start..end);
-        self.extend_file(storage, end).await?;
-        let len = (end - start) << self.geometry.cluster_bits();
-        storage
-            .reserve(self.file, self.offset(start).get(), len)
-            .await;
-        self.write_blocks(storage, &plan.new_blocks, &[]).await?;
+        let new_blocks = self.plan(start..end);
         // Blocks that exist already may count clusters of the chunk (leaks past the old end).
-        let mut counted: Vec<u64> = plan.new_blocks.iter().map(|new| new.cluster).collect();
+        let mut counted: Vec<u64> = new_blocks.iter().map(|new| new.cluster).collect();
         for block in self.block_index(start)..=self.block_index(end - 1) {
-            if !plan.new_blocks.iter().any(|new| new.block == block) {
+            if !new_blocks.iter().any(|new| new.block == block) {
                 counted.extend(self.counted(storage, block, &(start..end)).await?);
             }
         }
         counted.sort_unstable();
+        self.add_clusters(storage, start..end, &new_blocks, |cluster| {
+            counted.binary_search(&cluster).is_err()
+        })
+        .await
+    }
+
+    /// To a whole page: a file that is written past the page cache must not end inside one.
+    pub(super) fn page_align_up(&self, cluster: u64) -> u64 {
+        cluster.next_multiple_of((PAGE_BYTES >> self.geometry.cluster_bits()).max(1))
+    }
+
+    /// Makes the file longer by `clusters`, with blocks that count only themselves.
+    pub(super) async fn add_clusters<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: Range<u64>,
+        new_blocks: &[NewBlock],
+        is_free: impl Fn(u64) -> bool,
+    ) -> Result<(), Error> {
+        self.extend_file(storage, clusters.end).await?;
+        let len = (clusters.end - clusters.start) << self.geometry.cluster_bits();
+        storage
+            .reserve(self.file, self.offset(clusters.start).get(), len)
+            .await;
+        self.write_blocks(storage, new_blocks, &[]).await?;
         let mut state = lock(&self.state);
         let state = &mut *state;
-        for new in &plan.new_blocks {
+        for new in new_blocks {
             let bytes = self.new_block_bytes(*new, &[]);
             state
                 .blocks
                 .add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
             lock(&self.protected).add(new.cluster..new.cluster + 1);
         }
-        self.open_clusters(state, plan.clusters, |cluster| {
-            counted.binary_search(&cluster).is_err()
-        });
+        self.open_clusters(state, clusters, is_free);
         Ok(())
     }
 
     /// The clusters of `within` that an existing block counts, once what is free below is known.
-    async fn counted<S: Storage>(
+    pub(super) async fn counted<S: Storage>(
         &self,
         storage: &S,
         block: u64,
@@ -123,7 +132,7 @@ impl Allocator {
 
     /// Which blocks the clusters need, and where those go: into the first cluster of their own
     /// part of the chunk.
-    fn plan(&self, clusters: Range<u64>) -> Plan {
+    fn plan(&self, clusters: Range<u64>) -> Vec<NewBlock> {
         let entries = self.geometry.refcount_block_entries();
         let state = lock(&self.state);
         let mut new_blocks = Vec::new();
@@ -135,10 +144,7 @@ impl Allocator {
                 });
             }
         }
-        Plan {
-            clusters,
-            new_blocks,
-        }
+        new_blocks
     }
 
     async fn extend_file<S: Storage>(&self, storage: &S, end: u64) -> Result<(), Error> {

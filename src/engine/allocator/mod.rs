@@ -17,6 +17,7 @@
 //! handed out since the file grew: they read as zeroes.
 
 mod blocks;
+mod contiguous;
 mod free_map;
 mod grow;
 

@@ -1,0 +1,103 @@
+//! Contiguous runs, for tables that must lie in one piece: the L1 table of a snapshot, the snapshot
+//! table.
+//!
+//! Where no free run is long enough the file grows by one, with the refcount blocks for it behind
+//! it (ordinary growth puts a block at the start of the part that it counts, which would cut runs
+//! of small clusters).
+
+use super::grow::NewBlock;
+use super::{Allocator, GrowthEnd, Run};
+use crate::engine::error::{Error, ErrorKind, lock};
+use crate::storage::Storage;
+
+impl Allocator {
+    /// Takes exactly `count` clusters in one piece. They reach the file like any reserved ones.
+    ///
+    /// # Errors
+    /// As for [`Self::reserve`].
+    pub(crate) async fn reserve_contiguous<S: Storage>(
+        &self,
+        storage: &S,
+        count: u64,
+    ) -> Result<Run, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        loop {
+            let listener = {
+                let mut state = lock(&self.state);
+                if let Some(start) = state.free.take_contiguous(count, entries) {
+                    return Ok(Run {
+                        start,
+                        count,
+                        fresh: false,
+                    });
+                }
+                if state.growing {
+                    Some(self.grown.listen())
+                } else {
+                    state.growing = true;
+                    None
+                }
+            };
+            if let Some(listener) = listener {
+                listener.await;
+                continue;
+            }
+            let ending = GrowthEnd { allocator: self };
+            let grown = self.grow_by(storage, count).await;
+            drop(ending);
+            if let Some(run) = grown? {
+                return Ok(run);
+            }
+        }
+    }
+
+    /// Adds `count` clusters in one piece and takes them; `None` when something else had to grow
+    /// first. The caller holds the exclusive right to grow.
+    async fn grow_by<S: Storage>(&self, storage: &S, count: u64) -> Result<Option<Run>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let (start, covered) = {
+            let state = lock(&self.state);
+            (state.end, state.blocks.table_len().saturating_mul(entries))
+        };
+        let own = start..start + count;
+        let mut new_blocks: Vec<NewBlock> = Vec::new();
+        let mut counted = Vec::new();
+        let mut used_end = own.end;
+        let mut block = self.block_index(start);
+        while block <= self.block_index(self.page_align_up(used_end) - 1) {
+            if lock(&self.state).blocks.table_entry(block) == 0 {
+                new_blocks.push(NewBlock {
+                    block,
+                    cluster: used_end,
+                });
+                used_end += 1;
+            } else {
+                counted.extend(self.counted(storage, block, &own).await?);
+            }
+            block += 1;
+        }
+        let end = self.page_align_up(used_end);
+        if end > covered || !counted.is_empty() {
+            // A longer refcount table, or past leaked clusters: then there is room for the run.
+            self.grow(storage).await?;
+            return Ok(None);
+        }
+        if !self.can_grow {
+            let len = storage
+                .len(self.file)
+                .map_err(|error| Error::io("cannot get the length of the image", error))?;
+            if end > len / self.geometry.cluster_size() {
+                return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
+            }
+        }
+        self.add_clusters(storage, start..end, &new_blocks, |cluster| {
+            !own.contains(&cluster)
+        })
+        .await?;
+        Ok(Some(Run {
+            start,
+            count,
+            fresh: false,
+        }))
+    }
+}

@@ -1,0 +1,135 @@
+//! The snapshot table in memory, and what people see of it.
+
+use super::{Selector, SnapshotInfo};
+use crate::engine::error::{Error, ErrorKind};
+use crate::format::snapshot::{SnapshotEntry, encode_table};
+use crate::units::to_u64;
+
+/// The snapshots as the file has them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Table {
+    /// In the order of the file; entries of others are kept byte for byte.
+    pub(crate) entries: Vec<SnapshotEntry>,
+    /// Snapshots that are frozen but not committed yet (v2 only).
+    pub(crate) pending: Vec<SnapshotEntry>,
+    /// First host cluster of the table in the file.
+    pub(crate) start: u64,
+    /// Its clusters; 0 where there is no table.
+    pub(crate) count: u64,
+}
+
+impl Table {
+    /// The table's bytes for the file.
+    ///
+    /// # Errors
+    /// `Invalid` when there are too many entries, or too long ones.
+    pub(crate) fn encode(entries: &[SnapshotEntry]) -> Result<Vec<u8>, Error> {
+        encode_table(entries).map_err(|error| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("the snapshot table has no room: {error}"),
+            )
+        })
+    }
+
+    /// The committed snapshot that is meant; the first of several.
+    pub(crate) fn find(&self, selector: &Selector) -> Option<usize> {
+        if selector.id.is_none() && selector.name.is_none() {
+            return None;
+        }
+        let matches = |wanted: &Option<String>, found: &[u8]| {
+            wanted
+                .as_ref()
+                .is_none_or(|wanted| wanted.as_bytes() == found)
+        };
+        self.entries.iter().position(|entry| {
+            matches(&selector.id, &entry.id) && matches(&selector.name, &entry.name)
+        })
+    }
+
+    /// Whether a snapshot has this name already, committed or not.
+    pub(crate) fn has_name(&self, name: &str) -> bool {
+        self.entries
+            .iter()
+            .chain(&self.pending)
+            .any(|entry| entry.name == name.as_bytes())
+    }
+
+    /// One more than the highest decimal id.
+    pub(crate) fn next_id(&self) -> u64 {
+        let decimal = |entry: &SnapshotEntry| {
+            std::str::from_utf8(&entry.id)
+                .ok()
+                .and_then(|id| id.parse::<u64>().ok())
+        };
+        self.entries
+            .iter()
+            .chain(&self.pending)
+            .filter_map(decimal)
+            .max()
+            .unwrap_or(0)
+            .saturating_add(1)
+    }
+
+    /// Snapshots in all.
+    pub(crate) fn len(&self) -> u64 {
+        to_u64(self.entries.len() + self.pending.len())
+    }
+
+    /// What people see of it. `disk_size` stands in where an entry does not say its own.
+    pub(crate) fn infos(&self, disk_size: u64) -> Vec<SnapshotInfo> {
+        self.entries
+            .iter()
+            .map(|entry| info(entry, disk_size))
+            .collect()
+    }
+}
+
+/// What people see of a snapshot table entry.
+pub(crate) fn info(entry: &SnapshotEntry, disk_size: u64) -> SnapshotInfo {
+    SnapshotInfo {
+        id: String::from_utf8_lossy(&entry.id).into_owned(),
+        name: String::from_utf8_lossy(&entry.name).into_owned(),
+        date_sec: entry.date_sec,
+        date_nsec: entry.date_nsec,
+        vm_clock_nsec: entry.vm_clock_nsec,
+        vm_state_size: entry.vm_state_size(),
+        disk_size: entry.disk_size().unwrap_or(disk_size),
+        icount: entry.icount(),
+        unsettled: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, name: &str) -> SnapshotEntry {
+        SnapshotEntry {
+            id: id.into(),
+            name: name.into(),
+            ..SnapshotEntry::default()
+        }
+    }
+
+    #[test]
+    fn snapshots_are_found_by_id_and_by_name() {
+        let table = Table {
+            entries: vec![entry("7", "a"), entry("x", "b"), entry("3", "a")],
+            ..Table::default()
+        };
+        let by = |id: Option<&str>, name: Option<&str>| {
+            table.find(&Selector {
+                id: id.map(str::to_owned),
+                name: name.map(str::to_owned),
+            })
+        };
+        assert_eq!(by(None, Some("a")), Some(0));
+        assert_eq!(by(Some("3"), None), Some(2));
+        assert_eq!(by(Some("3"), Some("a")), Some(2));
+        assert_eq!(by(Some("7"), Some("b")), None);
+        assert_eq!(by(None, None), None);
+        assert_eq!(table.next_id(), 8);
+        assert!(table.has_name("b") && !table.has_name("7"));
+    }
+}
