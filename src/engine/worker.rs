@@ -254,7 +254,7 @@ impl<S: Storage> Worker<S> {
                         Error::io(format!("cannot read the L2 slice at {host_offset}"), error)
                     })?;
                     let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
-                    let suspicious = mapping.is_suspicious(buf.chunks_exact(8).map(raw));
+                    let suspicious = mapping.is_suspicious(host_offset, buf.chunks_exact(8).map(raw));
                     let entries = buf.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
                     let body = Arc::new(SliceBody::new(key, entries, suspicious));
                     let kept = Arc::clone(&body);

@@ -153,6 +153,40 @@ impl Blocks {
         })
     }
 
+    /// Passes the counts of a resident block through `change`, which gets cluster and count. The
+    /// block is modified only where one differs: then it is `Some(true)`. `None`: not resident.
+    pub(super) fn change_counts(
+        &mut self,
+        block: u64,
+        change: impl Fn(u64, u64) -> u64,
+    ) -> Option<bool> {
+        let entries = self.geometry.refcount_block_entries();
+        let clusters = block * entries..(block + 1) * entries;
+        let counts = self.get(block)?;
+        let changed: Vec<(usize, u64)> = clusters
+            .enumerate()
+            .filter_map(|(index, cluster)| {
+                let old = counts.get(index);
+                let new = change(cluster, old);
+                (new != old).then_some((index, new))
+            })
+            .collect();
+        if changed.is_empty() {
+            return Some(false);
+        }
+        let mut counts = self.modify(block)?;
+        for (index, count) in changed {
+            counts.set(index, count);
+        }
+        Some(true)
+    }
+
+    /// No cluster of the block from `end` on is counted any more. False: it is not resident.
+    pub(super) fn clear_counts(&mut self, block: u64, end: u64) -> bool {
+        self.change_counts(block, |cluster, count| if cluster < end { count } else { 0 })
+            .is_some()
+    }
+
     fn insert(&mut self, block: u64, data: AlignedBytes) {
         if self.resident.len() >= self.resident_max {
             let _evicted = self.resident.evict(|resident| {

@@ -14,10 +14,13 @@
 
 mod commit;
 mod freeze;
+mod rebuild;
+mod revert;
 mod table;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use event_listener::Event;
@@ -28,6 +31,8 @@ use super::{Image, LayerKind};
 use crate::units::to_u64;
 
 pub use self::commit::Created;
+pub(crate) use self::rebuild::Rebuild;
+pub use self::revert::revert;
 pub(crate) use self::table::Table;
 
 /// An internal snapshot, as people and clients see it.
@@ -73,6 +78,17 @@ pub struct Selector {
     pub id: Option<String>,
     /// Its name.
     pub name: Option<String>,
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.id, &self.name) {
+            (Some(id), Some(name)) => write!(f, "'{name}' with id {id}"),
+            (Some(id), None) => write!(f, "with id {id}"),
+            (None, Some(name)) => write!(f, "'{name}'"),
+            (None, None) => f.write_str("of no name"),
+        }
+    }
 }
 
 /// What a piece of background work does.
@@ -134,8 +150,11 @@ pub(crate) enum Task {
         /// The tree of the deleted snapshot.
         root: Arc<Root>,
     },
-    /// Find out anew which tables and clusters are ours alone: a freeze was called off.
+    /// Find out anew which tables and clusters are ours alone: a freeze was called off, or the image
+    /// was not closed in order.
     Reown,
+    /// Count everything anew: the image was not closed in order.
+    Rebuild,
 }
 
 /// One piece of background work.
@@ -165,6 +184,10 @@ pub(crate) struct Snapshots {
     pub(crate) queue: Mutex<Queue>,
     /// Notified when work is added.
     pub(crate) work: Event,
+    /// The rebuild that [`Task::Rebuild`] is about; held while a piece of it is done.
+    rebuild: async_lock::Mutex<Option<Rebuild>>,
+    /// The dirty bit is not to be cleared: entries name lost data, which only a person can judge.
+    pub(crate) stay_dirty: AtomicBool,
     last_key: AtomicU64,
 }
 
@@ -176,8 +199,18 @@ impl Snapshots {
             shown: Mutex::new(shown),
             queue: Mutex::default(),
             work: Event::new(),
+            rebuild: async_lock::Mutex::default(),
+            stay_dirty: AtomicBool::new(false),
             last_key: AtomicU64::new(0),
         }
+    }
+
+    /// The image was not closed in order: its counts are made anew, then its copied flags.
+    pub(crate) fn begin_rebuild(&mut self, rebuild: Rebuild) {
+        let total = rebuild.total();
+        *self.rebuild.get_mut() = Some(rebuild);
+        self.push(Task::Rebuild, total);
+        self.push(Task::Reown, total);
     }
 
     /// A number for a frozen tree.
@@ -215,6 +248,7 @@ impl Work {
             Task::Settle { root, .. } => (BackgroundKind::Settle, Some(root)),
             Task::Delete { root } => (BackgroundKind::Delete, Some(root)),
             Task::Reown => (BackgroundKind::Reown, None),
+            Task::Rebuild => (BackgroundKind::Rebuild, None),
         };
         BackgroundStatus {
             kind,
