@@ -218,6 +218,20 @@ impl Mapping {
         host >= self.lost.end.load(Ordering::Acquire) && self.lost.contains(table, host)
     }
 
+    /// Does this entry of `table` name lost data? Nobody counts that.
+    pub(crate) fn is_lost(&self, table: HostOffset, entry: L2Entry) -> bool {
+        match entry.decode(self.geometry, self.version) {
+            Ok(Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. }) => {
+                self.lost.contains(table, host.get())
+            }
+            Ok(Cluster::Compressed { host, bytes }) => {
+                let last = host.get().saturating_add(bytes - 1);
+                self.lost.contains(table, host.get()) || self.lost.contains(table, last)
+            }
+            _ => false,
+        }
+    }
+
     /// Does any of these raw entries of `table` need a look of its own? Cheap for runs of good
     /// entries.
     pub(crate) fn is_suspicious(

@@ -22,7 +22,7 @@ use super::layer::{Layer, LayerKind, LostData, Mapping};
 use super::order::FlushGate;
 use super::pin::PinBoard;
 use super::protected::Protected;
-use super::snapshot::{Rebuild, Selector, Snapshots, Table, Task};
+use super::snapshot::{Rebuild, Selector, Snapshots, Table};
 use super::taken::Taken;
 use super::{Image, State};
 use crate::format::geometry::{Geometry, HOST_OFFSET_END};
@@ -688,11 +688,6 @@ fn active<S: Storage>(
         let key = snapshots.next_key();
         drops.freeze(key);
         snapshots.begin_rebuild(Rebuild::new(key, &header, mapping, parts.file_len));
-    } else if header.version < 3 {
-        // No dirty bit tells whether a snapshot was being made or deleted: its flags may lag.
-        let tables = mapping.l1.iter().filter(|raw| raw.load(Ordering::Relaxed) != 0);
-        let bytes = to_u64(tables.count()) * mapping.geometry.cluster_size();
-        snapshots.push(Task::Reown, bytes);
     }
     let parts = AllocatorParts {
         geometry: mapping.geometry,

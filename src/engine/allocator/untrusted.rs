@@ -46,8 +46,8 @@ impl Allocator {
         lock(&self.state).blocks.table_len()
     }
 
-    /// Writes right counts into a block that exists: `wanted` gets a cluster and its present count.
-    /// True: something has changed, and reaches the file with the next flush.
+    /// Puts right counts into a block that exists: `wanted` gets a cluster and its present count.
+    /// True: something has changed, and the block lags behind.
     ///
     /// # Errors
     /// `Io`/`Corrupt` when the block cannot be loaded.
@@ -58,7 +58,7 @@ impl Allocator {
         wanted: impl Fn(u64, u64) -> u64,
     ) -> Result<bool, Error> {
         loop {
-            self.load_block(storage, block).await?;
+            self.borrow_block(storage, block).await?;
             let mut state = lock(&self.state);
             let (old_end, end) = (state.untrusted_end, state.end);
             let exact = |cluster, count| {
@@ -72,6 +72,7 @@ impl Allocator {
             };
             // Evicted between loading and locking: load again.
             if let Some(changed) = state.blocks.change_counts(block, exact) {
+                state.blocks.give_back(block);
                 return Ok(changed);
             }
         }

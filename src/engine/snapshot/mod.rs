@@ -12,11 +12,17 @@
 //! but recorded (see [`Drops`](super::active::Drops)), and taken away once that snapshot and all
 //! older ones are settled.
 
+mod background;
 mod commit;
+mod delete;
+mod flags;
 mod freeze;
 mod rebuild;
+mod reown;
 mod revert;
+mod settle;
 mod table;
+mod walk;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -30,6 +36,7 @@ use super::table::Target;
 use super::{Image, LayerKind};
 use crate::units::to_u64;
 
+pub use self::background::Step;
 pub use self::commit::Created;
 pub(crate) use self::rebuild::Rebuild;
 pub use self::revert::revert;
@@ -150,10 +157,9 @@ pub(crate) enum Task {
         /// The tree of the deleted snapshot.
         root: Arc<Root>,
     },
-    /// Find out anew which tables and clusters are ours alone: a freeze was called off, or the image
-    /// was not closed in order.
+    /// Find out anew which tables and clusters are ours alone: a freeze was called off.
     Reown,
-    /// Count everything anew: the image was not closed in order.
+    /// Count everything anew, and find out what is ours alone: the image was not closed in order.
     Rebuild,
 }
 
@@ -165,6 +171,8 @@ pub(crate) struct Work {
     /// Bytes of L2 tables done.
     pub(crate) done: u64,
     pub(crate) total: u64,
+    /// The part of `total` that comes after a rebuild.
+    after: u64,
 }
 
 /// Background work, first come first served.
@@ -188,6 +196,8 @@ pub(crate) struct Snapshots {
     rebuild: async_lock::Mutex<Option<Rebuild>>,
     /// The dirty bit is not to be cleared: entries name lost data, which only a person can judge.
     pub(crate) stay_dirty: AtomicBool,
+    /// How far the first item of the queue is; held while a step is done.
+    background: async_lock::Mutex<background::Background>,
     last_key: AtomicU64,
 }
 
@@ -201,16 +211,19 @@ impl Snapshots {
             work: Event::new(),
             rebuild: async_lock::Mutex::default(),
             stay_dirty: AtomicBool::new(false),
+            background: async_lock::Mutex::default(),
             last_key: AtomicU64::new(0),
         }
     }
 
     /// The image was not closed in order: its counts are made anew, then its copied flags.
     pub(crate) fn begin_rebuild(&mut self, rebuild: Rebuild) {
-        let total = rebuild.total();
+        let (total, after) = (rebuild.total(), rebuild.tables_bytes());
         *self.rebuild.get_mut() = Some(rebuild);
-        self.push(Task::Rebuild, total);
-        self.push(Task::Reown, total);
+        self.push(Task::Rebuild, total + after);
+        if let Some(work) = lock(&self.queue).items.back_mut() {
+            work.after = after;
+        }
     }
 
     /// A number for a frozen tree.
@@ -235,6 +248,7 @@ impl Snapshots {
             task,
             done: 0,
             total,
+            after: 0,
         });
         drop(queue);
         self.work.notify(usize::MAX);

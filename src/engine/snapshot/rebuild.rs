@@ -17,7 +17,6 @@
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-use super::Snapshots;
 use crate::engine::check::{Counted, Piecemeal};
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::engine::layer::Mapping;
@@ -34,8 +33,6 @@ const TABLES_BYTES: u64 = 1 << 20;
 const BLOCKS_BYTES: u64 = 512 << 10;
 /// Places in the refcount table that one piece looks at.
 const BLOCKS_MAX: u64 = 4096;
-/// Bytes of changed refcount blocks before a flush writes them.
-const CHANGED_BYTES_MAX: u64 = 2 << 20;
 
 /// The rebuild of an image.
 #[derive(Debug)]
@@ -66,8 +63,6 @@ struct Blocks {
     tables: u64,
     /// All blocks before this one are right.
     next: u64,
-    /// Changed since the last flush, in bytes.
-    changed: u64,
 }
 
 /// How far a rebuild is.
@@ -99,8 +94,13 @@ impl Rebuild {
 
     /// Bytes of metadata, as far as they are known.
     pub(super) fn total(&self) -> u64 {
+        self.tables_bytes() + self.blocks_bytes()
+    }
+
+    /// Bytes of the L2 tables of the active tree.
+    pub(super) fn tables_bytes(&self) -> u64 {
         let tables = self.l1.iter().filter(|entry| **entry != 0).count();
-        to_u64(tables) * self.layout.geometry.cluster_size() + self.blocks_bytes()
+        to_u64(tables) * self.layout.geometry.cluster_size()
     }
 
     /// Bytes of the refcount blocks that the file needs.
@@ -108,15 +108,6 @@ impl Rebuild {
         let geometry = self.layout.geometry;
         let clusters = geometry.clusters_for(self.file_len);
         clusters.div_ceil(geometry.refcount_block_entries()) * geometry.cluster_size()
-    }
-}
-
-impl Snapshots {
-    /// Bytes of the rebuild that is under way; `None` if there is none.
-    pub(super) fn has_rebuild(&self) -> bool {
-        self.rebuild
-            .try_lock()
-            .is_none_or(|rebuild| rebuild.is_some())
     }
 }
 
@@ -137,11 +128,10 @@ impl<S: Storage> Worker<S> {
         };
         let phase = std::mem::take(&mut rebuild.phase);
         let result = self.rebuild_piece(target, rebuild, phase).await;
-        let progress = self.seen(result).await?;
-        if progress.finished {
+        if result.as_ref().is_ok_and(|progress| progress.finished) {
             *slot = None;
         }
-        Ok(progress)
+        result
     }
 
     async fn rebuild_piece(
@@ -174,7 +164,6 @@ impl<S: Storage> Worker<S> {
                         counted,
                         tables: all,
                         next: 0,
-                        changed: 0,
                     }));
                     (all, all + blocks_bytes)
                 }
@@ -255,7 +244,7 @@ impl<S: Storage> Worker<S> {
                 }
             }
             let overflow = Cell::new(None);
-            let changed = allocator
+            allocator
                 .rebuild_block(&self.storage, block, |cluster, found| {
                     blocks.counted.wanted(cluster, found).unwrap_or_else(|| {
                         overflow.set(Some(cluster));
@@ -273,17 +262,11 @@ impl<S: Storage> Worker<S> {
             }
             blocks.next += 1;
             bytes += geometry.cluster_size();
-            if changed {
-                blocks.changed += geometry.cluster_size();
-            }
-            if blocks.changed >= CHANGED_BYTES_MAX {
-                self.flush().await?;
-                blocks.changed = 0;
-            }
             if bytes >= BLOCKS_BYTES {
                 break;
             }
         }
+        allocator.write_all_lagging(&self.storage).await?;
         Ok(true)
     }
 
@@ -297,6 +280,7 @@ impl<S: Storage> Worker<S> {
         let Target {
             mapping, active, ..
         } = target;
+        active.allocator.write_all_lagging(&self.storage).await?;
         // Also makes durable what this process has read of the file: what nothing refers to now, no
         // power cut brings back.
         self.flush().await?;
@@ -318,6 +302,7 @@ impl<S: Storage> Worker<S> {
         if counted.lost > 0 {
             active.snapshots.stay_dirty.store(true, Ordering::Release);
         }
+        self.forget_flags(target, &rebuild.l1);
         let withheld = active
             .allocator
             .trust_counts(&self.storage, lost.end)
