@@ -65,7 +65,7 @@ pub(super) struct Rig {
     /// Errors of requests are part of the test.
     pub(super) tolerant: bool,
     /// What the snapshot holds, for ever.
-    snapshot: Option<Rc<Vec<u8>>>,
+    pub(super) snapshot: Option<Rc<Vec<u8>>>,
 }
 
 impl Rig {
