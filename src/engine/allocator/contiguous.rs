@@ -22,6 +22,7 @@ impl Allocator {
     ) -> Result<Run, Error> {
         let entries = self.geometry.refcount_block_entries();
         loop {
+            let mut unknown = None;
             let listener = {
                 let mut state = lock(&self.state);
                 if let Some(start) = state.free.take_contiguous(count, entries) {
@@ -31,13 +32,23 @@ impl Allocator {
                         fresh: false,
                     });
                 }
-                if state.growing {
+                if !self.can_grow {
+                    unknown = state.next_scan(entries);
+                }
+                if unknown.is_some() {
+                    None
+                } else if state.growing {
                     Some(self.grown.listen())
                 } else {
                     state.growing = true;
                     None
                 }
             };
+            if let Some(block) = unknown {
+                // On a device all there is may lie in blocks that nobody has looked at.
+                self.scan(storage, block).await?;
+                continue;
+            }
             if let Some(listener) = listener {
                 listener.await;
                 continue;
