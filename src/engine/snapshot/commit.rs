@@ -136,7 +136,9 @@ impl<S: Storage> Worker<S> {
 
         let keys: Vec<u64> = entries.iter().map(|_| snapshots.next_key()).collect();
         let frozen = self.freeze(target, &keys).await;
-        self.end_grace(frozen.generation).await;
+        if keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
 
         let l1: Box<[u64]> = frozen
             .l1
@@ -158,6 +160,9 @@ impl<S: Storage> Worker<S> {
             Ok(())
         }
         .await;
+        if !keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
         if let Err(error) = committed {
             for key in keys.iter().rev() {
                 lock(&active.drops).settle(*key);

@@ -5,6 +5,7 @@
 //! - `crash`: the power goes at every step. `faults`: every operation fails once.
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
+//! - `oracle`: every snapshot that is taken under load is one instant.
 //! - `threads`: real threads on a real file.
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
@@ -14,6 +15,7 @@ mod crash;
 mod faults;
 mod hazards;
 mod model;
+mod oracle;
 mod referee;
 mod rules;
 mod support;

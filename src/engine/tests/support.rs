@@ -11,8 +11,10 @@ use std::sync::Arc;
 use super::build::{Recipe, counted_past_the_end, read_tree};
 use super::model::{Model, sector_bytes};
 use crate::engine::check::{Repair, Report, check};
+use crate::engine::order::keeps;
 use crate::engine::{
-    Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat, LayerSpec, OpenOptions, Worker,
+    Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat, LayerSpec, OpenOptions, PinGuard,
+    Worker,
 };
 use crate::storage::sim::{
     Driver, OpKind, Outcome, SimDisk, SimFileOptions, SimStorage, yield_now,
@@ -151,6 +153,7 @@ impl Rig {
             model: Rc::clone(&self.model),
             bad: Rc::clone(&self.bad),
             tolerant: self.tolerant,
+            latent: false,
         }
     }
 
@@ -267,10 +270,12 @@ pub(super) struct Client {
     pub(super) model: Rc<RefCell<Model>>,
     bad: Rc<RefCell<Option<Violation>>>,
     tolerant: bool,
+    /// Some time passes between the submission of a request and its pin.
+    pub(super) latent: bool,
 }
 
 impl Client {
-    fn complain(&self, text: impl fmt::Display) {
+    pub(super) fn complain(&self, text: impl fmt::Display) {
         self.bad
             .borrow_mut()
             .get_or_insert(Violation(text.to_string()));
@@ -296,13 +301,14 @@ impl Client {
             .flat_map(|sector| sector_bytes(sector, value))
             .collect();
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
+        let early = self.early_pin().await;
         let change = self
             .model
             .borrow_mut()
             .begin(first..first + count, value, true);
         let (offset, len) = (GuestOffset::new(first * 512), count * 512);
         let mut extents = ExtentList::new();
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = match self.worker.resolve_write(&pin, offset, len, &mut extents) {
             Fast::Ready => self.perform(&extents, &sg, true).await,
             Fast::Slow => self.worker.write(pin, offset, sg).await,
@@ -310,6 +316,30 @@ impl Client {
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("write", &result);
         result
+    }
+
+    /// The pin of a worker that loads the generation before it reads the avail index: of something
+    /// that is not submitted yet.
+    async fn early_pin(&self) -> Option<PinGuard> {
+        if keeps!(PinAfterAvail) {
+            return None;
+        }
+        let pin = self.worker.pin();
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        Some(pin)
+    }
+
+    /// The pin of a request that was submitted: a worker gets to it some time later.
+    async fn pin(&self, early: Option<PinGuard>) -> PinGuard {
+        if let Some(early) = early {
+            return early;
+        }
+        if self.latent {
+            yield_now().await;
+        }
+        self.worker.pin()
     }
 
     async fn perform(&self, extents: &ExtentList, sg: &SgList, write: bool) -> Result<(), Error> {
@@ -367,9 +397,10 @@ impl Client {
     }
 
     pub(super) async fn zero(&self, first: u64, count: u64, unmap: bool) -> Result<(), Error> {
+        let early = self.early_pin().await;
         let change = self.model.borrow_mut().begin(first..first + count, 0, true);
         let offset = GuestOffset::new(first * 512);
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = self
             .worker
             .write_zeroes(pin, offset, count * 512, unmap)
