@@ -339,7 +339,9 @@ pub(super) fn read_snapshot(
 ) -> Result<Vec<u8>, String> {
     let entries = snapshot_entries(bytes)?;
     let entry = entries.iter().find(|entry| entry.id == id.as_bytes());
-    let l1 = entry.ok_or_else(|| format!("snapshot {id} is gone"))?.l1_offset;
+    let l1 = entry
+        .ok_or_else(|| format!("snapshot {id} is gone"))?
+        .l1_offset;
     read_root(bytes, backing, l1.get())
 }
 

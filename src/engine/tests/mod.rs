@@ -6,6 +6,7 @@
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
+//! - `snapshot_crash`: the power goes while snapshots come and go.
 //! - `threads`: real threads on a real file.
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
@@ -18,5 +19,6 @@ mod model;
 mod oracle;
 mod referee;
 mod rules;
+mod snapshot_crash;
 mod support;
 mod threads;

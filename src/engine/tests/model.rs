@@ -199,9 +199,8 @@ impl Model {
         for (versions, bytes) in self.sectors.iter().zip(bytes.chunks(512)) {
             // Zeroes do not say which write they are of.
             let seen = parse(bytes).filter(|(_, value)| *value != 0);
-            let version = seen.and_then(|(_, value)| {
-                versions.iter().find(|version| version.value == value)
-            });
+            let version =
+                seen.and_then(|(_, value)| versions.iter().find(|version| version.value == value));
             newest = newest.max(version.map_or(0, |version| version.start));
         }
         if newest > returned {

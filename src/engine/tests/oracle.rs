@@ -221,8 +221,7 @@ pub(super) async fn snapshots(
             client.model.borrow_mut().unwatch(returned);
             let id = created[0].snapshot.id.clone();
             pending.push((id, called, returned));
-        } else if random.u8(..6) == 0 && (full || left == 0) && !shelf.borrow().kept.is_empty()
-        {
+        } else if random.u8(..6) == 0 && (full || left == 0) && !shelf.borrow().kept.is_empty() {
             let index = random.usize(..shelf.borrow().kept.len());
             let (id, _) = shelf.borrow_mut().kept.remove(index);
             shelf.borrow_mut().deleted.push(id.clone());
