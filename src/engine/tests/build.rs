@@ -313,24 +313,36 @@ fn word(bytes: &[u8], at: u64) -> u64 {
     })
 }
 
-/// The disk of an image's snapshot, or of its active tree, read without the engine.
+/// The names in an image's snapshot table.
+pub(super) fn snapshot_names(bytes: &[u8]) -> Result<Vec<String>, String> {
+    let entries = snapshot_entries(bytes)?;
+    let name = |entry: SnapshotEntry| String::from_utf8_lossy(&entry.name).into_owned();
+    Ok(entries.into_iter().map(name).collect())
+}
+
+fn snapshot_entries(bytes: &[u8]) -> Result<Vec<SnapshotEntry>, String> {
+    let header = Header::decode(bytes).map_err(|error| error.to_string())?;
+    let table = bytes
+        .get(to_usize(header.snapshot_table_offset.get())..)
+        .unwrap_or_default();
+    crate::format::snapshot::decode_table(table, header.snapshot_count)
+        .map_err(|error| error.to_string())
+}
+
+/// The disk of one of an image's snapshots, or of its active tree, read without the engine.
 pub(super) fn read_tree(
     bytes: &[u8],
     backing: Option<&[u8]>,
-    snapshot: bool,
+    snapshot: Option<&str>,
 ) -> Result<Vec<u8>, String> {
     let header = Header::decode(bytes).map_err(|error| error.to_string())?;
     let geometry = header.geometry();
     let mut l1 = header.l1_table_offset.get();
-    if snapshot {
-        let table = bytes
-            .get(to_usize(header.snapshot_table_offset.get())..)
-            .unwrap_or_default();
-        let entries = crate::format::snapshot::decode_table(table, header.snapshot_count)
-            .map_err(|error| error.to_string())?;
-        l1 = entries
-            .first()
-            .ok_or("the snapshot is gone")?
+    if let Some(name) = snapshot {
+        let entries = snapshot_entries(bytes)?;
+        let found = entries.iter().find(|entry| entry.name == name.as_bytes());
+        l1 = found
+            .ok_or_else(|| format!("snapshot '{name}' is gone"))?
             .l1_offset
             .get();
     }

@@ -5,6 +5,7 @@
 //! - `crash`: the power goes at every step. `faults`: every operation fails once.
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
+//! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
@@ -16,5 +17,6 @@ mod hazards;
 mod model;
 mod referee;
 mod rules;
+mod snapshot;
 mod support;
 mod threads;
