@@ -9,12 +9,13 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::build::{Recipe, counted_past_the_end, read_tree, snapshot_names};
+use super::build::{Recipe, counted_past_the_end, read_snapshot, read_tree, snapshot_entries};
 use super::model::{Model, sector_bytes};
 use crate::engine::check::{Repair, Report, check};
+use crate::engine::order::keeps;
 use crate::engine::{
     BackgroundStatus, Created, Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat,
-    LayerSpec, NewSnapshot, OpenOptions, Selector, Step, Worker,
+    LayerSpec, NewSnapshot, OpenOptions, PinGuard, Selector, Step, Worker,
 };
 use crate::storage::sim::{
     Driver, OpKind, Outcome, SimDisk, SimFileOptions, SimStorage, yield_now,
@@ -171,6 +172,7 @@ impl Rig {
             tolerant: self.tolerant,
             snapshots: Rc::clone(&self.snapshots),
             deleted: Rc::clone(&self.deleted),
+            latent: false,
         }
     }
 
@@ -227,11 +229,11 @@ impl Rig {
     pub(super) fn judge_trees(&self) -> Result<(), Violation> {
         let bytes = self.disk.contents(IMAGE);
         let base = self.recipe.backing.map(|_| self.disk.contents(BASE));
-        let disk = read_tree(&bytes, base.as_deref(), None).map_err(Violation)?;
+        let disk = read_tree(&bytes, base.as_deref(), false).map_err(Violation)?;
         let model = self.model.borrow();
         model.judge(0, &disk, model.flush_floor())?;
         if let Some(content) = self.snapshot.as_ref().filter(|_| self.keeps_first()) {
-            let disk = read_tree(&bytes, base.as_deref(), Some("one")).map_err(Violation)?;
+            let disk = read_tree(&bytes, base.as_deref(), true).map_err(Violation)?;
             if disk != **content {
                 return violation("the snapshot has changed");
             }
@@ -249,7 +251,9 @@ impl Rig {
     pub(super) fn judge_snapshots(&self) -> Result<(), Violation> {
         let bytes = self.disk.contents(IMAGE);
         let base = self.recipe.backing.map(|_| self.disk.contents(BASE));
-        let mut names = snapshot_names(&bytes).map_err(Violation)?;
+        let entries = snapshot_entries(&bytes).map_err(Violation)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let mut names: Vec<String> = entries.iter().map(|entry| text(&entry.name)).collect();
         names.sort_unstable();
         let mut wanted: Vec<String> = self.snapshots.borrow().keys().cloned().collect();
         wanted.extend((self.recipe.snapshot && self.keeps_first()).then(|| "one".to_owned()));
@@ -258,7 +262,9 @@ impl Rig {
             return violation(format!("the file has snapshots {names:?}, not {wanted:?}"));
         }
         for (name, frozen) in self.snapshots.borrow().iter() {
-            let disk = read_tree(&bytes, base.as_deref(), Some(name)).map_err(Violation)?;
+            let entry = entries.iter().find(|entry| text(&entry.name) == *name);
+            let id = entry.map_or_else(String::new, |entry| text(&entry.id));
+            let disk = read_snapshot(&bytes, base.as_deref(), &id).map_err(Violation)?;
             frozen
                 .model
                 .judge(0, &disk, frozen.since)
@@ -324,6 +330,8 @@ pub(super) struct Client {
     tolerant: bool,
     pub(super) snapshots: Rc<RefCell<BTreeMap<String, Frozen>>>,
     deleted: Rc<RefCell<BTreeSet<String>>>,
+    /// Some time passes between the submission of a request and its pin.
+    pub(super) latent: bool,
 }
 
 impl Client {
@@ -353,13 +361,14 @@ impl Client {
             .flat_map(|sector| sector_bytes(sector, value))
             .collect();
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
+        let early = self.early_pin().await;
         let change = self
             .model
             .borrow_mut()
             .begin(first..first + count, value, true);
         let (offset, len) = (GuestOffset::new(first * 512), count * 512);
         let mut extents = ExtentList::new();
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = match self.worker.resolve_write(&pin, offset, len, &mut extents) {
             Fast::Ready => self.perform(&extents, &sg, true).await,
             Fast::Slow => self.worker.write(pin, offset, sg).await,
@@ -367,6 +376,30 @@ impl Client {
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("write", &result);
         result
+    }
+
+    /// The pin of a worker that loads the generation before it reads the avail index: of something
+    /// that is not submitted yet.
+    async fn early_pin(&self) -> Option<PinGuard> {
+        if keeps!(PinAfterAvail) {
+            return None;
+        }
+        let pin = self.worker.pin();
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        Some(pin)
+    }
+
+    /// The pin of a request that was submitted: a worker gets to it some time later.
+    async fn pin(&self, early: Option<PinGuard>) -> PinGuard {
+        if let Some(early) = early {
+            return early;
+        }
+        if self.latent {
+            yield_now().await;
+        }
+        self.worker.pin()
     }
 
     async fn perform(&self, extents: &ExtentList, sg: &SgList, write: bool) -> Result<(), Error> {
@@ -424,9 +457,10 @@ impl Client {
     }
 
     pub(super) async fn zero(&self, first: u64, count: u64, unmap: bool) -> Result<(), Error> {
+        let early = self.early_pin().await;
         let change = self.model.borrow_mut().begin(first..first + count, 0, true);
         let offset = GuestOffset::new(first * 512);
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = self
             .worker
             .write_zeroes(pin, offset, count * 512, unmap)
@@ -450,6 +484,19 @@ impl Client {
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("discard", &result);
         result
+    }
+
+    /// Would a write go in place, on the fast path? Loads what that needs.
+    pub(super) fn is_in_place(&self, first: u64, count: u64) -> bool {
+        let (offset, len) = (GuestOffset::new(first * 512), count * 512);
+        let mut extents = ExtentList::new();
+        let disk = self.worker.storage().disk();
+        disk.set_immediate(true);
+        let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
+        let read = block_on(self.worker.read(self.worker.pin(), offset, sg));
+        disk.set_immediate(false);
+        let pin = self.worker.pin();
+        read.is_ok() && self.worker.resolve_write(&pin, offset, len, &mut extents) == Fast::Ready
     }
 
     /// Takes a snapshot of the disk.
