@@ -32,6 +32,7 @@ mod protected;
 mod read;
 mod snapshot;
 mod source;
+mod sync;
 mod table;
 mod taken;
 mod worker;

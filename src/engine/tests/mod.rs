@@ -7,6 +7,7 @@
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
 //! - `snapshot_crash`: the power goes while snapshots come and go.
+//! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
@@ -20,5 +21,6 @@ mod oracle;
 mod referee;
 mod rules;
 mod snapshot_crash;
+mod snapshot;
 mod support;
 mod threads;

@@ -104,9 +104,9 @@ fn judge(mut rig: Rig, shelf: &Shelf, seed: u64, by_qemu: bool) -> Result<(), Vi
     let mix = super::support::Mix::ALL;
     let work = chaos(client, fastrand::Rng::with_seed(seed), 20, mix);
     rig.driver.spawn(work);
-    rig.settle_all()?;
+    rig.settle()?;
     rig.run()?;
-    rig.settle_all()?;
+    rig.settle()?;
     rig.close()?;
     let report = rig.check()?;
     if !report.is_consistent() || report.overlaps > 0 {
