@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# contrib/check.sh [STEP...] - what must hold before a commit: fmt, clippy, doc, shell, test. All of
+# contrib/check.sh [STEP...] - what must hold before a commit: fmt, clippy, doc, shell, loom, test. All of
 # them without an argument. Stops at the first that fails. The tests that need a guest and the tools
 # that they need are contrib/test.sh's business.
 
@@ -8,6 +8,7 @@
 check_fmt() { cargo fmt --check; }
 check_clippy() { cargo clippy --all-targets --locked -- -D warnings; }
 check_doc() { RUSTDOCFLAGS="-D warnings ${RUSTDOCFLAGS-}" cargo doc --no-deps --locked; }
+check_loom() { (cd loom && cargo test --release --locked); }
 check_test() { cargo test --locked; }
 
 check_shell() {
@@ -19,9 +20,9 @@ check_shell() {
 }
 
 cd "$repo"
-[[ $# -gt 0 ]] || set -- fmt clippy doc shell test
+[[ $# -gt 0 ]] || set -- fmt clippy doc shell loom test
 for name in "$@"; do
-    [[ $(type -t "check_$name") == function ]] || die "no step '$name': fmt, clippy, doc, shell, test"
+    [[ $(type -t "check_$name") == function ]] || die "no step '$name': fmt, clippy, doc, shell, loom, test"
 done
 for name in "$@"; do
     [[ $# == 1 ]] || step "check: $name"

@@ -98,11 +98,7 @@ impl Snapshots {
     /// Says how far an item is; returns the bytes since the last time.
     fn set_progress(&self, number: u64, done: u64, total: u64) -> u64 {
         let mut queue = lock(&self.queue);
-        let Some(work) = queue
-            .items
-            .front_mut()
-            .filter(|work| work.number == number)
-        else {
+        let Some(work) = queue.items.front_mut().filter(|work| work.number == number) else {
             return 0;
         };
         let before = std::mem::replace(&mut work.done, done);

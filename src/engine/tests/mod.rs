@@ -20,7 +20,7 @@ mod model;
 mod oracle;
 mod referee;
 mod rules;
-mod snapshot_crash;
 mod snapshot;
+mod snapshot_crash;
 mod support;
 mod threads;
