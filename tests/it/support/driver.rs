@@ -25,6 +25,7 @@ pub(crate) const INDIRECT: u16 = 4;
 /// virtio-blk request types.
 pub(crate) const IN: u32 = 0;
 pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH_REQUEST: u32 = 4;
 /// virtio-blk status bytes.
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;

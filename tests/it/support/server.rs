@@ -63,6 +63,12 @@ impl Server {
         Self::launch(listen_at(&socket, arguments), socket, dir)
     }
 
+    /// Starts a server by a command of the caller's, which ends in qblkd, in the same process, with
+    /// `--socket-path` and this socket.
+    pub(crate) fn start_command(command: Command, socket: PathBuf) -> Result<Self, Failure> {
+        Self::launch(command, socket, TempDir::with_prefix("qblkd-")?)
+    }
+
     /// Starts a server that gets its socket, listening or connected, as standard input; `socket` is
     /// the path that a listening one has.
     pub(crate) fn start_on<S: AsRef<OsStr>>(
