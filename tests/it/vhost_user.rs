@@ -507,6 +507,33 @@ fn sigterm_under_load_leaves_a_clean_image() {
     }
 }
 
+/// Whatever a thread of it waits in is interrupted, as when a machine is put to sleep and woken up.
+#[test]
+fn a_server_that_is_stopped_and_continued_serves_on() {
+    let Some(scratch) = Scratch::new("a_server_that_is_stopped_and_continued_serves_on") else {
+        return;
+    };
+    let (server, control) = serve_observed(&scratch);
+    let interrupt = format!(
+        "for round in $(seq 100); do kill -STOP {0}; kill -CONT {0}; sleep 0.005; done",
+        server.id()
+    );
+    let interrupt = || run("sh", ["-c", interrupt.as_str()]).unwrap().success();
+    let mut driver = Driver::connect(&server.socket).unwrap();
+    interrupt().unwrap();
+    assert_eq!(driver.request(OUT, 0, 512, 0).unwrap(), OK);
+    drop(driver);
+    let state = scratch.path("state");
+    under_load(&server, &control, &state, || {
+        interrupt().unwrap();
+        server.signal("TERM").unwrap();
+    });
+    let ended = server.finish().unwrap();
+    assert_eq!(ended.code().unwrap(), 0, "{ended:?}");
+    qemu::expect_check(&scratch.file, &[CHECK_CLEAN]).unwrap();
+    verify_after(&scratch, state);
+}
+
 #[test]
 fn a_second_signal_stops_at_once_and_loses_nothing_flushed() {
     let test = "a_second_signal_stops_at_once_and_loses_nothing_flushed";

@@ -5,6 +5,7 @@
 
 use super::Failure;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -248,8 +249,11 @@ impl Driver {
             let epoll = Epoll::new()?;
             let entry = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, self.call.as_raw_fd(), entry)?;
-            if epoll.wait(PATIENCE_MS, &mut [EpollEvent::default()])? == 0 {
-                return Err("no call in time".into());
+            match epoll.wait(PATIENCE_MS, &mut [EpollEvent::default()]) {
+                Ok(0) => return Err("no call in time".into()),
+                // A machine that is put to sleep and woken up, say.
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error.into()),
+                _ => {}
             }
             // It may have been read before: then this is no news.
             self.call.read().ok();
