@@ -19,9 +19,6 @@ fn qemu_img(arguments: &[&str]) -> String {
     text
 }
 
-fn storage_at(path: &Path) -> BlockingStorage {
-    storage(path)
-}
 fn storage(path: &Path) -> BlockingStorage {
     let file = HostFile::open(
         path,
