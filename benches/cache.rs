@@ -149,7 +149,8 @@ fn numbers(slots: usize) -> std::ops::Range<usize> {
     0..FIRST + slices_in_all(slots)
 }
 
-/// Something that finds slices.
+/// Something that finds slices. All are inlined by force, lest a call and the registers that it saves
+/// are measured for some of them.
 trait Cache {
     /// Loads entry `index` of the slice at `offset`.
     fn look_up(&mut self, offset: u64, index: usize) -> u64;
@@ -171,7 +172,7 @@ impl Array {
 }
 
 impl Cache for Array {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         self.slices[self.shape.number_of(offset)][index].load(Ordering::Acquire)
     }
@@ -200,7 +201,7 @@ impl Flat {
 }
 
 impl Cache for Flat {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         self.entries[Self::start_of(offset) + index].load(Ordering::Acquire)
     }
@@ -251,7 +252,7 @@ impl Ours {
 }
 
 impl Cache for Ours {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         let key = SliceKey::new(0, HostOffset::new(offset));
         match self.directory.get(key, self.shape.bits) {
@@ -265,7 +266,7 @@ impl Cache for Ours {
 struct OursPinned(Ours);
 
 impl Cache for OursPinned {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         let Self(ours) = self;
         let key = SliceKey::new(0, HostOffset::new(offset));
@@ -372,7 +373,7 @@ impl Table {
 struct Scan(Table);
 
 impl Cache for Scan {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         let got = self.0.get(offset, 0);
         let table = self.0.places[got].table;
@@ -393,7 +394,7 @@ fn probe_start(offset: u64, shape: Shape, slots: usize) -> usize {
 }
 
 impl Cache for Probe {
-    #[inline]
+    #[inline(always)]
     fn look_up(&mut self, offset: u64, index: usize) -> u64 {
         let start = probe_start(offset, self.0.flat.shape, self.0.places.len());
         let place = self.0.get(offset, start);

@@ -72,6 +72,22 @@ struct Flags {
     stale: AtomicBool,
 }
 
+impl Flags {
+    // Only one thread writes the count, so neither of these takes a locked instruction.
+
+    #[inline]
+    fn count_pin(&self) {
+        let pins = self.pins.load(Ordering::Relaxed);
+        self.pins.store(pins + 1, Ordering::Release);
+    }
+
+    #[inline]
+    fn count_put(&self) {
+        let pins = self.pins.load(Ordering::Relaxed);
+        self.pins.store(pins - 1, Ordering::Release);
+    }
+}
+
 /// The flags of all directories over one store.
 #[derive(Debug, Default)]
 pub struct Directories(Mutex<Vec<Weak<[Flags]>>>);
@@ -83,12 +99,12 @@ impl Directories {
         all.push(Arc::downgrade(flags));
     }
 
-    fn any(&self, body: &SliceBody, mut answer: impl FnMut(&Flags) -> bool) -> bool {
-        let number = slice_number(body.key(), body.slice_bits());
+    /// Asks the flags of the body's slot in each directory until one says yes.
+    fn any(&self, body: &SliceBody, ask: impl Fn(&Flags) -> bool) -> bool {
         lock(&self.0)
             .iter()
             .filter_map(Weak::upgrade)
-            .any(|flags| answer(&flags[at(number, flags.len())]))
+            .any(|flags| ask(&flags[slot(body.key(), body.slice_bits(), flags.len() - 1)]))
     }
 
     /// Makes every directory that has the body look at its marks again. Call it after they changed.
@@ -109,19 +125,12 @@ impl Directories {
     }
 }
 
-/// Which slot a slice has, before it is cut to the number of slots.
+/// Which slot a slice has in a directory of `mask + 1` slots.
 #[inline]
-fn slice_number(key: SliceKey, slice_bits: u32) -> usize {
+fn slot(key: SliceKey, slice_bits: u32, mask: usize) -> usize {
     // The layer's bits lie above any realistic slot count: mix them in.
     let number = (key.get() >> slice_bits) ^ (key.get() >> 53);
-    usize::try_from(number).unwrap_or(0)
-}
-
-/// The place of a number in an array whose length is a power of two. In this form the compiler sees
-/// that it is inside.
-#[inline]
-fn at(number: usize, len: usize) -> usize {
-    number & len.wrapping_sub(1)
+    usize::try_from(number).unwrap_or(0) & mask
 }
 
 /// A slice that a directory has found: the body, and a short way to its entries.
@@ -193,21 +202,14 @@ impl CachedSlice {
 #[must_use = "without it the slice stays pinned"]
 pub struct Ticket(usize);
 
-/// Counts a pin. Only this thread writes the count, so it takes no locked instruction.
-#[inline]
-fn count_pin(flags: &[Flags], number: usize) -> Ticket {
-    let index = at(number, flags.len());
-    let pins = &flags[index].pins;
-    pins.store(pins.load(Ordering::Relaxed) + 1, Ordering::Release);
-    Ticket(index)
-}
-
 /// A worker's direct-mapped cache of slice bodies with its put table.
 #[derive(Debug)]
 pub struct Directory {
     slots: Box<[Option<CachedSlice>]>,
     /// One for each slot.
     flags: Arc<[Flags]>,
+    /// The number of slots, less 1.
+    mask: usize,
     put_table: PutTable,
     counters: Arc<CacheCounters>,
 }
@@ -223,19 +225,23 @@ impl Directory {
         Self {
             slots: (0..count).map(|_| None).collect(),
             flags,
+            mask: count - 1,
             put_table: PutTable::default(),
             counters,
         }
     }
 
+    // What follows up to `look_closer` is written so that a hit loads each field once: all that it
+    // needs of the directory is fetched before it writes its counter.
+
     /// The live body of `key`, if this worker has it. No lock, no shared write.
     #[inline]
     pub fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&CachedSlice> {
-        let number = slice_number(key, slice_bits);
-        if !self.is_hit(key, number) {
-            return self.look_closer(key, number);
+        let index = slot(key, slice_bits, self.mask);
+        if !self.is_hit(key, index) {
+            return self.look_closer(key, index);
         }
-        let found = self.slots[at(number, self.slots.len())].as_ref();
+        let found = self.slots.get(index)?.as_ref();
         bump(&self.counters.hits);
         found
     }
@@ -244,32 +250,32 @@ impl Directory {
     /// until the ticket is [put](Self::put).
     #[inline]
     pub fn get_pinned(&mut self, key: SliceKey, slice_bits: u32) -> Option<(&CachedSlice, Ticket)> {
-        let number = slice_number(key, slice_bits);
-        if !self.is_hit(key, number) {
-            return self.look_closer_and_pin(key, number);
+        let index = slot(key, slice_bits, self.mask);
+        if !self.is_hit(key, index) {
+            return self.look_closer_and_pin(key, index);
         }
-        let found = self.slots[at(number, self.slots.len())].as_ref()?;
+        let found = self.slots.get(index)?.as_ref()?;
+        let flags = self.flags.get(index)?;
         bump(&self.counters.hits);
-        Some((found, count_pin(&self.flags, number)))
+        flags.count_pin();
+        Some((found, Ticket(index)))
     }
 
     /// Whether the first look finds the slice: it is in its slot, and nothing has happened to it.
     #[inline]
-    fn is_hit(&self, key: SliceKey, number: usize) -> bool {
-        let flags = &self.flags[at(number, self.flags.len())];
-        !flags.stale.load(Ordering::Acquire)
-            && matches!(
-                &self.slots[at(number, self.slots.len())],
-                Some(found) if found.tag == key.get()
-            )
+    fn is_hit(&self, key: SliceKey, index: usize) -> bool {
+        let is_fresh = matches!(
+            self.flags.get(index),
+            Some(flags) if !flags.stale.load(Ordering::Acquire)
+        );
+        is_fresh && matches!(self.slots.get(index), Some(Some(found)) if found.tag == key.get())
     }
 
     /// What [`get`](Self::get) does else: the slice is not there, or suspicious, or its marks may
     /// have changed.
     #[cold]
     #[inline(never)]
-    fn look_closer(&mut self, key: SliceKey, number: usize) -> Option<&CachedSlice> {
-        let index = at(number, self.slots.len());
+    fn look_closer(&mut self, key: SliceKey, index: usize) -> Option<&CachedSlice> {
         let mut is_here = false;
         if let Some(found) = &self.slots[index]
             && found.tag & !SUSPICIOUS == key.get()
@@ -285,7 +291,6 @@ impl Directory {
             bump(&self.counters.hits);
         } else if let Some(body) = self.put_table.take(key) {
             bump(&self.counters.put_table_hits);
-            body.visit();
             self.fill(body, index);
         } else {
             bump(&self.counters.misses);
@@ -299,18 +304,21 @@ impl Directory {
     fn look_closer_and_pin(
         &mut self,
         key: SliceKey,
-        number: usize,
+        index: usize,
     ) -> Option<(&CachedSlice, Ticket)> {
-        self.look_closer(key, number)?;
-        let ticket = count_pin(&self.flags, number);
-        let found = self.slots[at(number, self.slots.len())].as_ref()?;
-        Some((found, ticket))
+        self.look_closer(key, index)?;
+        self.flags[index].count_pin();
+        Some((self.slots[index].as_ref()?, Ticket(index)))
     }
 
     /// Fills a slot; what was there moves to the put table.
     fn fill(&mut self, body: Arc<SliceBody>, index: usize) {
-        // Whatever happened to the body before is found out by the next lookup.
-        self.flags[index].stale.store(true, Ordering::Release);
+        // In the same order as in `look_closer`. A body that is retired by now is left to it.
+        let stale = &self.flags[index].stale;
+        stale.swap(false, Ordering::AcqRel);
+        if !body.visit_live() {
+            stale.store(true, Ordering::Release);
+        }
         if let Some(displaced) = self.slots[index].replace(CachedSlice::new(body))
             && !displaced.body.is_retired()
         {
@@ -321,21 +329,22 @@ impl Directory {
     /// Puts a body into its slot; what was there moves to the put table.
     pub fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
         debug_assert_eq!(body.slice_bits(), slice_bits, "a slice of another size");
-        let index = at(slice_number(body.key(), slice_bits), self.slots.len());
+        let index = slot(body.key(), slice_bits, self.mask);
         self.fill(body, index);
     }
 
     /// Pins a body for a request that is about to suspend: it stays in the store until the ticket
     /// is [put](Self::put).
     pub fn pin(&mut self, body: &SliceBody) -> Ticket {
-        count_pin(&self.flags, slice_number(body.key(), body.slice_bits()))
+        let index = slot(body.key(), body.slice_bits(), self.mask);
+        self.flags[index].count_pin();
+        Ticket(index)
     }
 
     /// Gives a pin back, without a search.
     #[inline]
     pub fn put(&mut self, ticket: &Ticket) {
-        let pins = &self.flags[ticket.0].pins;
-        pins.store(pins.load(Ordering::Relaxed) - 1, Ordering::Release);
+        self.flags[ticket.0].count_put();
     }
 }
 
