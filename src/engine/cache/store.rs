@@ -117,6 +117,7 @@ impl Store {
             Place::Live(body) => {
                 let was_visited = body.unvisit();
                 let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
+                // Also when it goes: a hit may have come between the two.
                 if was_visited || goes {
                     self.directories.announce(body);
                 }
