@@ -63,10 +63,10 @@ const REQUEST_LEN_MAX: u64 = 1 << 30;
 const DIRECT_PIECES_MAX: usize = 1024;
 /// How often a ring is looked at whose driver does not kick.
 const KICKLESS_INTERVAL: Duration = Duration::from_micros(200);
-/// A sleep lasts up to this much longer than the wait that it is for: waking an idle processor of a
-/// virtual machine takes some 35 us.
+/// A sleep may last this much longer than the wait that it is for: a virtual machine's processor that
+/// has halted takes tens of microseconds to wake up (an estimate, on the generous side).
 const WAKE_UP: Duration = Duration::from_micros(50);
-/// Most polls in vain, of `POLL_MISS_COST` hits each, that a run of hits can make up for.
+/// Hits that are remembered at most, so that polling ends soon after it stops to pay.
 const POLL_CREDIT_MAX: i32 = 16;
 /// A poll in vain counts as much as so many that were not.
 const POLL_MISS_COST: i32 = 2;
