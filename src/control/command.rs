@@ -357,10 +357,13 @@ fn read_only(device: &str) -> CommandError {
 
 /// The active image, if `name` is that of the device.
 fn root<'a>(info: &'a DeviceInfo, name: &str) -> Result<&'a NodeInfo, CommandError> {
-    match info.chain.iter().position(|node| node.node_name == name) {
-        Some(0) => Ok(&info.chain[0]),
-        Some(_) => Err(CommandError::generic("Need a root block node")),
-        None => Err(CommandError::generic(format!(
+    let by_name = |node: &NodeInfo| node.node_name == name;
+    match &info.chain[..] {
+        [active, ..] if info.name == name || by_name(active) => Ok(active),
+        [_, backing @ ..] if backing.iter().any(by_name) => {
+            Err(CommandError::generic("Need a root block node"))
+        }
+        _ => Err(CommandError::generic(format!(
             "Cannot find device='{name}' nor node-name='{name}'"
         ))),
     }

@@ -42,6 +42,16 @@ struct Job {
 }
 
 impl Job {
+    fn new(work: BackgroundStatus) -> Self {
+        Self {
+            work,
+            status: JobStatus::Created,
+            io_status: IoStatus::Ok,
+            speed: 0,
+            error: None,
+        }
+    }
+
     fn id(&self) -> String {
         let kind = match self.work.kind {
             BackgroundKind::Settle => "settle",
@@ -238,8 +248,7 @@ impl Background {
 
     /// The jobs, in the order in which they are done.
     pub(super) fn jobs(&mut self) -> Vec<JobInfo> {
-        self.table.update(&self.image.background());
-        self.table.jobs.iter().map(Job::info).collect()
+        self.table.infos(&self.image.background())
     }
 
     /// Limits a job.
@@ -308,6 +317,8 @@ impl Background {
 #[derive(Default)]
 struct JobTable {
     jobs: Vec<Job>,
+    /// Number of the work that was told last.
+    added_last: u64,
     /// Not sent yet.
     events: Vec<Event>,
 }
@@ -360,13 +371,8 @@ impl JobTable {
     }
 
     fn add(&mut self, work: BackgroundStatus) {
-        let mut job = Job {
-            work,
-            status: JobStatus::Created,
-            io_status: IoStatus::Ok,
-            speed: 0,
-            error: None,
-        };
+        self.added_last = work.number;
+        let mut job = Job::new(work);
         self.events.push(job.become_status(JobStatus::Created));
         self.jobs.push(job);
     }
@@ -377,11 +383,16 @@ impl JobTable {
         }
     }
 
-    /// Takes over the progress of the work that is not done yet.
-    fn update(&mut self, works: &[BackgroundStatus]) {
+    /// The jobs with the progress of the work that is not done yet. Work that was not told yet is
+    /// there too: who has just been told of a new snapshot looks for its job.
+    fn infos(&mut self, works: &[BackgroundStatus]) -> Vec<JobInfo> {
         for work in works {
             self.change(work.number, |job, _| job.work = work.clone());
         }
+        let untold = works.iter().filter(|work| work.number > self.added_last);
+        let untold = untold.map(|work| Job::new(work.clone()));
+        let told = self.jobs.iter().map(Job::info);
+        told.chain(untold.map(|job| job.info())).collect()
     }
 
     fn dismiss(&mut self, id: &str) {
@@ -448,8 +459,10 @@ mod tests {
         table.take(News::Queued(work(3, 0)));
         table.take(News::Running(3));
         assert_eq!(told(&mut table), ["settle-3 Created", "settle-3 Running"]);
-        table.update(&[work(3, 40)]);
-        let info = table.jobs[0].info();
+        let infos = table.infos(&[work(3, 40), work(4, 0)]);
+        let ids: Vec<_> = infos.iter().map(|info| &info.id).collect();
+        assert_eq!(ids, ["settle-3", "settle-4"]);
+        let info = &infos[0];
         assert_eq!((info.done, info.total), (40, 100));
         assert_eq!(info.snapshot, Some(("7".to_owned(), "first".to_owned())));
         table.take(News::Done(work(3, 100)));
