@@ -59,7 +59,7 @@ pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
 pub use self::snapshot::{
-    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo,
+    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo, Step,
 };
 pub use self::worker::Worker;
 
