@@ -25,11 +25,10 @@ use super::pace::{Load, Pace, pause_for_speed};
 use super::{DaemonError, system};
 use crate::control::{Order, SnapshotAction, Ticket};
 use crate::engine::{
-    BackgroundStatus, Created, Error, ErrorKind, Image, NewSnapshot, Selector, SnapshotInfo, Worker,
+    BackgroundStatus, Created, Error, ErrorKind, Image, NewSnapshot, Selector, SnapshotInfo, Step,
+    Worker,
 };
 use crate::storage::{HostFile, Ring, RingError, RingStorage};
-
-use self::adapter::Step;
 
 /// Operations in flight at a time.
 const RING_ENTRIES: u32 = 64;
@@ -294,7 +293,7 @@ impl Settling<'_> {
     fn work(&mut self) -> Next {
         self.announce();
         let (from, start) = ((self.meter)(), Instant::now());
-        match drive(&self.worker, adapter::background_step(&self.worker)) {
+        match drive(&self.worker, self.worker.background_step()) {
             Ok(Step::Progress { bytes }) => {
                 let took = start.elapsed();
                 let polite = self.pace.worked(took, from, (self.meter)());
@@ -400,7 +399,7 @@ impl Settling<'_> {
         self.new_work(Next::Sleep);
         loop {
             self.announce();
-            match drive(&self.worker, adapter::background_step(&self.worker)) {
+            match drive(&self.worker, self.worker.background_step()) {
                 Ok(Step::Idle) => return Ok(()),
                 Ok(Step::Progress { .. } | Step::Clean) => {}
                 Ok(Step::Done(status)) => self.done(status),
@@ -505,21 +504,5 @@ fn drive<T>(
         ring.submit_and_wait(1, Some(POLL_INTERVAL))
             .map_err(|source| Error::io("cannot wait for host I/O", source))?;
         ring.reap(|_, _| {});
-    }
-}
-
-/// Stands in for the engine's background work until that is merged.
-mod adapter {
-    use super::*;
-
-    pub(super) enum Step {
-        Idle,
-        Progress { bytes: u64 },
-        Done(BackgroundStatus),
-        Clean,
-    }
-
-    pub(super) async fn background_step(_: &Worker<RingStorage>) -> Result<Step, Error> {
-        Ok(Step::Idle)
     }
 }
