@@ -163,7 +163,7 @@ impl Walk {
 }
 
 impl Root {
-    fn table(&self, l1_index: u32) -> Option<HostOffset> {
+    pub(super) fn table(&self, l1_index: u32) -> Option<HostOffset> {
         L1Entry(*self.l1.get(to_usize(u64::from(l1_index)))?).table_offset()
     }
 }
@@ -230,7 +230,7 @@ impl<S: Storage> Worker<S> {
         Ok(moved)
     }
 
-    async fn read_tables(
+    pub(super) async fn read_tables(
         &self,
         target: Target<'_>,
         piece: Piece,
