@@ -19,7 +19,7 @@ fn qemu_img(arguments: &[&str]) -> String {
     text
 }
 
-pub(super) fn storage_at(path: &Path) -> BlockingStorage {
+fn storage_at(path: &Path) -> BlockingStorage {
     storage(path)
 }
 fn storage(path: &Path) -> BlockingStorage {
