@@ -60,12 +60,19 @@ enum Step {
 impl<S: Storage> Worker<S> {
     pub(super) fn new(image: Arc<Image>, storage: S) -> Rc<Self> {
         let counters = Arc::new(CacheCounters::default());
-        let directory = Directory::new(
-            image.directory_slots,
-            Arc::clone(&counters),
-            image.store.directories(),
-        );
         image.add_counters(&counters);
+        let slots = image.directory_slots;
+        Self::with_directory(image, storage, slots, counters)
+    }
+
+    /// A worker whose directory has so many slots.
+    pub(super) fn with_directory(
+        image: Arc<Image>,
+        storage: S,
+        slots: usize,
+        counters: Arc<CacheCounters>,
+    ) -> Rc<Self> {
+        let directory = Directory::new(slots, counters, image.store.directories());
         Rc::new(Self {
             pins: PinTable::new(&image.board),
             directory: RefCell::new(directory),

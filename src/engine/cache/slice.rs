@@ -157,7 +157,7 @@ impl SliceBody {
     }
 
     /// Takes the mark away and says whether it was there.
-    pub(super) fn unvisit(&self) -> bool {
+    pub(crate) fn unvisit(&self) -> bool {
         self.marks.fetch_and(!VISITED, Ordering::Relaxed) & VISITED != 0
     }
 

@@ -114,16 +114,20 @@ impl Store {
         // Dropped outside of the judge; a directory may still hold it, retired.
         let _evicted = places.evict(|place| match place {
             Place::Loading(_) => Verdict::Keep,
-            Place::Live(body) => {
-                let was_visited = body.unvisit();
-                let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
-                // Also when it goes: a hit may have come between the two.
-                if was_visited || goes {
-                    self.directories.announce(body);
-                }
-                if goes { Verdict::Evict } else { Verdict::Keep }
-            }
+            Place::Live(body) if self.retire_unused(body) => Verdict::Evict,
+            Place::Live(_) => Verdict::Keep,
         });
+    }
+
+    /// Retires a body that nobody has used since its mark of use was last cleared; clears it.
+    fn retire_unused(&self, body: &SliceBody) -> bool {
+        let was_visited = body.unvisit();
+        let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
+        // Also when it goes: a hit may have come between the two.
+        if was_visited || goes {
+            self.directories.announce(body);
+        }
+        goes
     }
 
     /// Retires one slice because its table leaves the active tree for good.
@@ -140,8 +144,7 @@ impl Store {
     pub(crate) fn forget_unused(&self, key: SliceKey) {
         let mut places = lock(&self.places);
         if let Some(Place::Live(body)) = places.get(key.get())
-            && !body.unvisit()
-            && body.try_retire()
+            && self.retire_unused(body)
         {
             places.remove(key.get());
         }
