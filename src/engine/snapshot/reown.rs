@@ -25,7 +25,7 @@ use crate::storage::{AlignedBuf, Storage};
 use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of tables that are looked at together (at least one table).
-const BYTES_AT_ONCE: u64 = 2 << 20;
+const BYTES_AT_ONCE: u64 = 1 << 20;
 /// Bytes of modified slices after which a flush writes them.
 const MODIFIED_MAX: u64 = 4 << 20;
 

@@ -22,4 +22,3 @@ mod rules;
 mod snapshot;
 mod support;
 mod threads;
-mod zz_probe;
