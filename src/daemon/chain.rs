@@ -70,6 +70,7 @@ impl Chain {
             l2_cache_size: config.l2_cache_bytes,
             l2_cache_entry_size: config.l2_cache_entry_bytes,
             refcount_cache_size: config.refcount_cache_bytes,
+            snapshot: None,
         };
         let files = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
         let storage = BlockingStorage::new(files);

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod advice;
 mod chain;
 mod report;
 mod socket;
@@ -21,6 +22,7 @@ use log::{info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 
+pub use self::advice::advice;
 use self::chain::Chain;
 use self::report::Report;
 use self::socket::ListeningSocket;

@@ -11,8 +11,7 @@ use std::sync::atomic::AtomicU64;
 use super::Image;
 use super::allocator::Run;
 use super::cache::SliceKey;
-use super::cache::directory::{CacheCounters, CachedSlice, Directory};
-use super::cache::put_table::Ticket;
+use super::cache::directory::{CacheCounters, CachedSlice, Directory, Ticket};
 use super::cache::slice::SliceBody;
 use super::cache::store::Lookup;
 use super::compress::ClusterCache;
@@ -61,7 +60,11 @@ enum Step {
 impl<S: Storage> Worker<S> {
     pub(super) fn new(image: Arc<Image>, storage: S) -> Rc<Self> {
         let counters = Arc::new(CacheCounters::default());
-        let directory = Directory::new(image.directory_slots, Arc::clone(&counters));
+        let directory = Directory::new(
+            image.directory_slots,
+            Arc::clone(&counters),
+            image.store.directories(),
+        );
         image.add_counters(&counters);
         Rc::new(Self {
             pins: PinTable::new(&image.board),
@@ -215,7 +218,18 @@ impl<S: Storage> Worker<S> {
         place: &EntryPlace,
     ) -> Result<PinnedSlice<'a>, Error> {
         let key = layer.slice_key(table, place);
-        let body = self.slice_by_key(layer, mapping, key).await?;
+        if let Some((found, ticket)) = self
+            .directory
+            .borrow_mut()
+            .get_pinned(key, mapping.slice_bits)
+        {
+            return Ok(PinnedSlice {
+                directory: &self.directory,
+                body: Arc::clone(found.body()),
+                ticket,
+            });
+        }
+        let body = self.missing_slice(layer, mapping, key).await?;
         let ticket = self.directory.borrow_mut().pin(&body);
         Ok(PinnedSlice {
             directory: &self.directory,
@@ -224,15 +238,13 @@ impl<S: Storage> Worker<S> {
         })
     }
 
-    async fn slice_by_key(
+    /// Finds a slice that the directory does not have and gives it to it.
+    async fn missing_slice(
         &self,
         layer: &Layer,
         mapping: &Mapping,
         key: SliceKey,
     ) -> Result<Arc<SliceBody>, Error> {
-        if let Some(found) = self.directory.borrow_mut().get(key, mapping.slice_bits) {
-            return Ok(Arc::clone(found.body()));
-        }
         loop {
             match self.image.store.look_up(key) {
                 Lookup::Live(body) => {
@@ -278,7 +290,7 @@ impl<S: Storage> Worker<S> {
     /// The body of a slice that the file holds as `bytes`.
     pub(crate) fn new_body(mapping: &Mapping, key: SliceKey, bytes: &[u8]) -> Arc<SliceBody> {
         let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
-        let suspicious = mapping.is_suspicious(bytes.chunks_exact(8).map(raw));
+        let suspicious = mapping.is_suspicious(key.host_offset(), bytes.chunks_exact(8).map(raw));
         let entries = bytes.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
         Arc::new(SliceBody::new(key, entries, suspicious))
     }
@@ -313,7 +325,7 @@ fn resident<'a>(
     let l1_entry = mapping.l1_entry(place.l1_index);
     let table = l1_entry.table_offset()?;
     let found = directory.get(layer.slice_key(table, place), mapping.slice_bits)?;
-    (!found.body().is_suspicious()).then_some(found)
+    (!found.is_suspicious()).then_some(found)
 }
 
 /// Resolves the first piece of a read in one layer.

@@ -430,7 +430,7 @@ impl<S: Storage> Worker<S> {
             let old = body.entry(at);
             let guest =
                 GuestOffset::new(span.start + to_u64(index) * mapping.geometry.cluster_size());
-            let cluster = mapping.cluster(guest, old)?;
+            let cluster = mapping.cluster(span.table, guest, old)?;
             let Some(entry) = change(index, cluster) else {
                 continue;
             };
@@ -442,7 +442,7 @@ impl<S: Storage> Worker<S> {
             self.image.store.mark_modified_locked(body, &mut state);
             body.set_entry_locked(&mut state, at, entry);
             let keeps = matches!(
-                (cluster, mapping.cluster(guest, entry)),
+                (cluster, mapping.cluster(span.table, guest, entry)),
                 (
                     Cluster::Standard { host: old, .. } | Cluster::ZeroAllocated { host: old, .. },
                     Ok(Cluster::Standard { host: new, .. }
@@ -495,7 +495,8 @@ impl Span<'_, '_> {
     pub(crate) fn cluster(&self, index: usize) -> Result<Cluster, Error> {
         let mapping = self.target.mapping;
         let guest = GuestOffset::new(self.start + to_u64(index) * mapping.geometry.cluster_size());
-        mapping.cluster(guest, self.entries.get(index).copied().unwrap_or_default())
+        let entry = self.entries.get(index).copied().unwrap_or_default();
+        mapping.cluster(self.table, guest, entry)
     }
 
     /// Does a write of `len` bytes from `inside` the first cluster need bytes of clusters that were

@@ -43,7 +43,7 @@ pub struct Created {
 }
 
 /// A run of clusters that are counted, and given up unless something comes to name them.
-struct Counted {
+pub(super) struct Counted {
     start: u64,
     count: u64,
 }
@@ -371,7 +371,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Takes and counts clusters in one piece, and keeps data and tables away from them.
-    async fn counted_run(
+    pub(super) async fn counted_run(
         &self,
         target: Target<'_>,
         count: u64,
@@ -396,7 +396,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Gives clusters back that nothing names.
-    async fn give_up(&self, target: Target<'_>, taken: Vec<Counted>) {
+    pub(super) async fn give_up(&self, target: Target<'_>, taken: Vec<Counted>) {
         for run in taken {
             self.drop_metadata(target, run.start, run.count);
         }
@@ -427,7 +427,7 @@ impl<S: Storage> Worker<S> {
             .await
     }
 
-    async fn write_table(
+    pub(super) async fn write_table(
         &self,
         target: Target<'_>,
         host_offset: u64,
@@ -475,7 +475,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The L1 table of a snapshot, from the file.
-    async fn read_l1(
+    pub(super) async fn read_l1(
         &self,
         target: Target<'_>,
         entry: &SnapshotEntry,

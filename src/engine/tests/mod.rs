@@ -6,6 +6,7 @@
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
+//! - `snapshot_crash`: the power goes while snapshots come and go.
 //! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
@@ -20,5 +21,6 @@ mod oracle;
 mod referee;
 mod rules;
 mod snapshot;
+mod snapshot_crash;
 mod support;
 mod threads;

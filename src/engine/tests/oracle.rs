@@ -267,6 +267,16 @@ pub(super) fn judge_shelf(bytes: &[u8], shelf: &Shelf) -> Result<(), Violation> 
     Ok(())
 }
 
+/// Rules whose breach needs no power cut; those of the others are in `snapshot_crash`.
+pub(super) const CONCURRENT: [Rule; 6] = [
+    Rule::PinAfterAvail,
+    Rule::RaiseUnderL1Lock,
+    Rule::GraceBeforeCopy,
+    Rule::GraceBeforeCommit,
+    Rule::CheckAtLink,
+    Rule::DeferDecrement,
+];
+
 /// Runs a plan once.
 fn run(plan: &Plan, seed: u64) -> Result<(), Violation> {
     let mut rig = Rig::new(plan.recipe, seed);
@@ -314,15 +324,7 @@ fn every_rule_of_snapshots_is_missed_when_it_is_broken() {
             break_rule(None);
         }
     }
-    // The others are about power cuts (see `snapshot_crash`).
-    for rule in [
-        Rule::PinAfterAvail,
-        Rule::RaiseUnderL1Lock,
-        Rule::GraceBeforeCopy,
-        Rule::GraceBeforeCommit,
-        Rule::CheckAtLink,
-        Rule::DeferDecrement,
-    ] {
+    for rule in CONCURRENT {
         let broken = Broken;
         break_rule(Some(rule));
         let noticed = plans().iter().find_map(|plan| {

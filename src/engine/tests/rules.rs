@@ -46,7 +46,7 @@ fn suspects(rule: Rule) -> Vec<Scenario> {
         | Rule::SyncAtEnd
         | Rule::TakeBeforeChange
         | Rule::LengthBeforeUse => "allocating",
-        // Those of snapshots have a test of their own.
+        // Those of `Rule::SNAPSHOT` have tests of their own.
         _ => "",
     };
     let mut all = scenarios();

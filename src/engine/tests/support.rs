@@ -241,6 +241,31 @@ impl Rig {
         Ok(())
     }
 
+    /// The active disk of these image bytes, since the last flush. Without the engine.
+    pub(super) fn judge_active(&self, bytes: &[u8]) -> Result<(), Violation> {
+        let base = self.recipe.backing.map(|_| self.disk.contents(BASE));
+        let disk = read_tree(bytes, base.as_deref(), false).map_err(Violation)?;
+        let model = self.model.borrow();
+        model.judge(0, &disk, model.flush_floor())
+    }
+
+    /// The whole disk, through the engine.
+    pub(super) fn read_whole(&mut self) -> Result<Vec<u8>, Violation> {
+        let worker = self.worker().worker;
+        let len = self.model.borrow().sectors() * 512;
+        let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
+        let target = sg.slice(0, len);
+        let read = self
+            .block_on(async move { worker.read(worker.pin(), GuestOffset::new(0), target).await });
+        read.map_err(|error| Violation(format!("read: {}", error.chain())))?;
+        Ok(sg.to_vec())
+    }
+
+    /// The model begins again with a disk that was judged.
+    pub(super) fn restart(&mut self, disk: &[u8]) {
+        *self.model.borrow_mut() = Model::restart(disk);
+    }
+
     /// The snapshot that the image came with was not deleted.
     fn keeps_first(&self) -> bool {
         let deleted = self.deleted.borrow();
