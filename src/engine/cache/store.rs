@@ -135,14 +135,15 @@ impl Store {
         }
     }
 
-    /// Lets go of a slice that its loader needed only once, unless somebody else has used it since
-    /// (its loader has cleared the mark of use).
+    /// Lets go of a slice that came with [`LoadTicket::finish_unused`], unless somebody has used it
+    /// since.
     pub(crate) fn forget_unused(&self, key: SliceKey) {
         let mut places = lock(&self.places);
         if let Some(Place::Live(body)) = places.get(key.get())
-            && !body.unvisit()
-            && body.try_retire()
+            && !body.is_visited()
+            && body.try_retire(|body| self.directories.is_pinned(body))
         {
+            self.directories.announce(body);
             places.remove(key.get());
         }
     }
@@ -171,6 +172,12 @@ impl Store {
 }
 
 impl LoadTicket {
+    /// As [`Self::finish`], for a body that its loader needs only once and keeps in no directory.
+    pub(crate) fn finish_unused(self, body: Arc<SliceBody>) {
+        body.unvisit();
+        self.finish(body);
+    }
+
     /// Publishes the loaded body and wakes who waited for it.
     pub(crate) fn finish(mut self, body: Arc<SliceBody>) {
         debug_assert_eq!(body.key(), self.key);
