@@ -156,6 +156,11 @@ impl SliceBody {
         self.marks.fetch_or(VISITED, Ordering::Relaxed);
     }
 
+    /// Used since the mark was last taken away?
+    pub(super) fn is_visited(&self) -> bool {
+        self.marks.load(Ordering::Relaxed) & VISITED != 0
+    }
+
     /// Takes the mark away and says whether it was there.
     pub(crate) fn unvisit(&self) -> bool {
         self.marks.fetch_and(!VISITED, Ordering::Relaxed) & VISITED != 0

@@ -114,20 +114,16 @@ impl Store {
         // Dropped outside of the judge; a directory may still hold it, retired.
         let _evicted = places.evict(|place| match place {
             Place::Loading(_) => Verdict::Keep,
-            Place::Live(body) if self.retire_unused(body) => Verdict::Evict,
-            Place::Live(_) => Verdict::Keep,
+            Place::Live(body) => {
+                let was_visited = body.unvisit();
+                let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
+                // Also when it goes: a hit may have come between the two.
+                if was_visited || goes {
+                    self.directories.announce(body);
+                }
+                if goes { Verdict::Evict } else { Verdict::Keep }
+            }
         });
-    }
-
-    /// Retires a body that nobody has used since its mark of use was last cleared; clears it.
-    fn retire_unused(&self, body: &SliceBody) -> bool {
-        let was_visited = body.unvisit();
-        let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
-        // Also when it goes: a hit may have come between the two.
-        if was_visited || goes {
-            self.directories.announce(body);
-        }
-        goes
     }
 
     /// Retires one slice because its table leaves the active tree for good.
@@ -139,13 +135,15 @@ impl Store {
         }
     }
 
-    /// Lets go of a slice that its loader needed only once, unless somebody else has used it since
-    /// (its loader has cleared the mark of use).
+    /// Lets go of a slice that came with [`LoadTicket::finish_unused`], unless somebody has used it
+    /// since.
     pub(crate) fn forget_unused(&self, key: SliceKey) {
         let mut places = lock(&self.places);
         if let Some(Place::Live(body)) = places.get(key.get())
-            && self.retire_unused(body)
+            && !body.is_visited()
+            && body.try_retire(|body| self.directories.is_pinned(body))
         {
+            self.directories.announce(body);
             places.remove(key.get());
         }
     }
@@ -174,6 +172,12 @@ impl Store {
 }
 
 impl LoadTicket {
+    /// As [`Self::finish`], for a body that its loader needs only once and keeps in no directory.
+    pub(crate) fn finish_unused(self, body: Arc<SliceBody>) {
+        body.unvisit();
+        self.finish(body);
+    }
+
     /// Publishes the loaded body and wakes who waited for it.
     pub(crate) fn finish(mut self, body: Arc<SliceBody>) {
         debug_assert_eq!(body.key(), self.key);
