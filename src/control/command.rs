@@ -321,7 +321,10 @@ fn snapshot_delete(call: Call<'_>) -> Result<Outcome, CommandError> {
     };
     let listed = |snapshot: &InternalSnapshotInfo| {
         selector.id.as_ref().is_none_or(|id| *id == snapshot.id)
-            && selector.name.as_ref().is_none_or(|name| *name == snapshot.name)
+            && selector
+                .name
+                .as_ref()
+                .is_none_or(|name| *name == snapshot.name)
     };
     if !qcow2.internal_snapshots.iter().any(listed) {
         return Err(no_snapshot(&info.name, &selector));

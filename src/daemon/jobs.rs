@@ -194,10 +194,7 @@ impl Background {
         std::mem::take(&mut self.table.events)
     }
 
-    fn reply(
-        &self,
-        result: Result<Answer, (Order, engine::Error)>,
-    ) -> Result<Value, CommandError> {
+    fn reply(&self, result: Result<Answer, (Order, engine::Error)>) -> Result<Value, CommandError> {
         match result {
             Ok(Answer::Created) => Ok(json!({})),
             Ok(Answer::Deleted(snapshot)) => {
@@ -205,9 +202,7 @@ impl Background {
                 info.more = None;
                 Ok(json!(info))
             }
-            Err((Order::Snapshot(actions), error)) => {
-                Err(self.snapshot_error(&actions, &error))
-            }
+            Err((Order::Snapshot(actions), error)) => Err(self.snapshot_error(&actions, &error)),
             Err((Order::DeleteSnapshot(selector), error)) => {
                 Err(self.delete_error(&selector, &error))
             }
@@ -491,7 +486,10 @@ mod tests {
         assert_eq!(info.error.as_deref(), Some("full"));
         table.take(News::Running(1));
         let info = table.jobs[0].info();
-        assert_eq!((info.status, info.io_status), (JobStatus::Running, IoStatus::Ok));
+        assert_eq!(
+            (info.status, info.io_status),
+            (JobStatus::Running, IoStatus::Ok)
+        );
         assert_eq!(info.error, None);
         assert_eq!(
             told(&mut table),

@@ -184,13 +184,7 @@ fn background(
     server: &Server,
 ) -> Result<Background, DaemonError> {
     let format = config.image.format.into();
-    Background::start(
-        &config.disk.id,
-        &chain.image,
-        chain.files(),
-        format,
-        server,
-    )
+    Background::start(&config.disk.id, &chain.image, chain.files(), format, server)
 }
 
 fn threads(config: &ServeConfig) -> usize {

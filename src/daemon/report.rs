@@ -12,9 +12,7 @@ use crate::control::info::{
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
 use crate::control::job::JobInfo;
-use crate::control::{
-    CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket,
-};
+use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
 use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo};
 use crate::format::header::CompressionType;
@@ -72,10 +70,11 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: match &node.info {
-                Some(info) => info.header.size,
-                None => node.layer.file.len().unwrap_or(0),
-            },
+            virtual_size_bytes: self.chain.virtual_size(
+                index,
+                node,
+                self.config.image.snapshot.is_some(),
+            ),
             actual_size_bytes: node
                 .layer
                 .file

@@ -153,7 +153,9 @@ impl Settler {
         match starting.recv() {
             Ok(Ok(())) => Ok(Self { tasks, thread }),
             Ok(Err(error)) => Err(DaemonError::IoUring(error)),
-            Err(error) => Err(system("start the settler's thread")(io::Error::other(error))),
+            Err(error) => Err(system("start the settler's thread")(io::Error::other(
+                error,
+            ))),
         }
     }
 
