@@ -10,7 +10,8 @@ use std::path::PathBuf;
 
 use crate::args::{
     CacheArg, CheckArgs, Cli, Command, CompatArg, CreateArgs, DiscardArg, FormatArg, InfoArgs,
-    LockingArg, PreallocationArg, RepairArg, ServeArgs,
+    LockingArg, PreallocationArg, RepairArg, ServeArgs, SnapshotCommand, SnapshotNameArgs,
+    SnapshotTargetArgs,
 };
 
 /// What the process is to do.
@@ -26,6 +27,8 @@ pub enum Config {
     Info(InfoConfig),
     /// Check an image.
     Check(CheckConfig),
+    /// Work with internal snapshots.
+    Snapshot(SnapshotConfig),
 }
 
 /// Answer to `--print-capabilities`, in the form of QEMU's vhost-user back-end conventions.
@@ -105,6 +108,8 @@ pub struct ImageConfig {
     pub format: Format,
     /// Never write to it.
     pub read_only: bool,
+    /// Name or id of the internal snapshot to serve; only where `read_only`.
+    pub snapshot: Option<String>,
     /// How the host's page cache is used.
     pub cache: CacheMode,
     /// Give discarded space back.
@@ -261,6 +266,62 @@ pub enum Repair {
     All,
 }
 
+/// What `snapshot` does, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotConfig {
+    /// Where the snapshots are.
+    pub target: SnapshotTarget,
+    /// What to do.
+    pub action: SnapshotAction,
+}
+
+/// Where internal snapshots are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotTarget {
+    /// Behind the control socket of a server.
+    Control(PathBuf),
+    /// In an image that nobody uses.
+    File(PathBuf),
+}
+
+/// What to do with internal snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotAction {
+    /// Take one.
+    Create {
+        /// What it is called.
+        name: String,
+        /// Stay until the background work is done.
+        wait: bool,
+    },
+    /// Show them.
+    List {
+        /// As JSON.
+        json: bool,
+    },
+    /// Delete one.
+    Delete {
+        /// Which one.
+        which: SnapshotName,
+        /// Stay until the background work is done.
+        wait: bool,
+    },
+    /// Go back to one. Only in an image that nobody uses.
+    Revert {
+        /// Which one.
+        which: SnapshotName,
+    },
+}
+
+/// Which internal snapshot is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotName {
+    /// The one of this id.
+    Id(String),
+    /// The one of this name; if there is none, the one of this id.
+    NameOrId(String),
+}
+
 /// Why a command line is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -289,6 +350,7 @@ impl TryFrom<Cli> for Config {
             Some(Command::Create(args)) => Ok(Self::Create(create(args)?)),
             Some(Command::Info(args)) => Ok(Self::Info(info(args))),
             Some(Command::Check(args)) => Ok(Self::Check(check(args))),
+            Some(Command::Snapshot(command)) => Ok(Self::Snapshot(snapshot(command)?)),
         }
     }
 }
@@ -297,6 +359,12 @@ fn serve(args: ServeArgs) -> Result<Config, ConfigError> {
     // A management layer asks this with no other option, before it knows any.
     if args.print_capabilities {
         return Ok(Config::PrintCapabilities);
+    }
+    if args.socket_path.is_some() && args.socket_path == args.control {
+        return Err(ConfigError::Usage(
+            "--socket-path and --control name the same socket; the front-end and the clients of the \
+             control socket need one each",
+        ));
     }
     Ok(Config::Serve(Box::new(ServeConfig {
         endpoint: endpoint(&args)?,
@@ -372,6 +440,17 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
     let path = args.blk_file.ok_or(ConfigError::Usage(
         "no image given; use --blk-file FILE to say what to serve",
     ))?;
+    if args.snapshot.is_some() && !args.read_only {
+        return Err(ConfigError::Usage(
+            "--snapshot needs --read-only: a snapshot is never written (to go on from it, use \
+             `qblkd snapshot revert`)",
+        ));
+    }
+    if args.snapshot.is_some() && args.format != FormatArg::Qcow2 {
+        return Err(ConfigError::Usage(
+            "--snapshot needs --format qcow2: a raw image has no snapshots",
+        ));
+    }
     let cache_size = |option, given: Option<String>| {
         let allowed = "a size, such as 32M";
         given
@@ -386,6 +465,7 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
         path,
         format: args.format.into(),
         read_only: args.read_only,
+        snapshot: args.snapshot,
         cache: args.cache.into(),
         discard_unmaps: args.discard == DiscardArg::Unmap,
         locking: args.locking.into(),
@@ -566,6 +646,50 @@ fn check(args: CheckArgs) -> CheckConfig {
         },
         json: args.json,
         quiet: args.quiet,
+    }
+}
+
+fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
+    let (target, action) = match command {
+        SnapshotCommand::Create(args) => {
+            let (name, wait) = (args.name, args.wait);
+            (args.target, SnapshotAction::Create { name, wait })
+        }
+        SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
+        SnapshotCommand::Revert(args) => {
+            let which = snapshot_name(args.which)?;
+            return Ok(SnapshotConfig {
+                target: SnapshotTarget::File(args.blk_file),
+                action: SnapshotAction::Revert { which },
+            });
+        }
+        SnapshotCommand::Delete(args) => {
+            let (which, wait) = (snapshot_name(args.which)?, args.wait);
+            (args.target, SnapshotAction::Delete { which, wait })
+        }
+    };
+    let target = snapshot_target(target)?;
+    Ok(SnapshotConfig { target, action })
+}
+
+fn snapshot_target(args: SnapshotTargetArgs) -> Result<SnapshotTarget, ConfigError> {
+    match (args.control, args.blk_file) {
+        (Some(path), None) => Ok(SnapshotTarget::Control(path)),
+        (None, Some(path)) => Ok(SnapshotTarget::File(path)),
+        _ => Err(ConfigError::Usage(
+            "give --control PATH (the server's socket) or --blk-file FILE (an image that nobody \
+             uses)",
+        )),
+    }
+}
+
+fn snapshot_name(args: SnapshotNameArgs) -> Result<SnapshotName, ConfigError> {
+    match (args.name, args.id) {
+        (Some(name), None) => Ok(SnapshotName::NameOrId(name)),
+        (None, Some(id)) => Ok(SnapshotName::Id(id)),
+        _ => Err(ConfigError::Usage(
+            "say which snapshot is meant: its name, or --id ID",
+        )),
     }
 }
 
@@ -750,6 +874,13 @@ mod tests {
     }
 
     #[test]
+    fn two_sockets_need_two_paths() {
+        let refused = served("--control s").unwrap_err();
+        assert!(refused.contains("the same socket"), "{refused}");
+        assert!(served("--control t").is_ok());
+    }
+
+    #[test]
     fn the_word_serve_may_be_left_out() {
         let with = config("serve --socket-path s --blk-file f --read-only").unwrap();
         let without = config("--socket-path s --blk-file f --read-only").unwrap();
@@ -778,6 +909,7 @@ mod tests {
                     path: "f".into(),
                     format: Format::Qcow2,
                     read_only: false,
+                    snapshot: None,
                     cache: CacheMode::Writeback,
                     discard_unmaps: true,
                     locking: Locking::Auto,
@@ -803,7 +935,7 @@ mod tests {
 
     #[test]
     fn every_option_arrives() {
-        let options = "--read-only --format raw --cache none --discard ignore --locking off \
+        let options = "--read-only --snapshot s1 --format qcow2 --cache none --discard ignore --locking off \
                        --backing-dir a --backing-dir b --l2-cache-size 32M \
                        --l2-cache-entry-size 8k --refcount-cache-size 1M --block-size 4k \
                        --serial S1 --id vda --num-queues 4 --queue-size 256 --threads 2 \
@@ -821,6 +953,7 @@ mod tests {
                     path: "f".into(),
                     format: Format::Raw,
                     read_only: true,
+                    snapshot: Some("s1".into()),
                     cache: CacheMode::None,
                     discard_unmaps: false,
                     locking: Locking::Off,

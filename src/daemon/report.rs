@@ -5,14 +5,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::chain::{Chain, Node};
+use super::jobs::Background;
 use crate::config::ServeConfig;
 use crate::control::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
-use crate::control::{Event, Handler, IoErrorAction, IoOperation};
+use crate::control::job::JobInfo;
+use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
-use crate::engine::{ImageEvent, LayerFormat};
+use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo};
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -27,16 +29,23 @@ pub(super) struct Report<'a> {
     config: &'a ServeConfig,
     chain: &'a Chain,
     server: &'a Server,
+    background: &'a mut Background,
     /// A client asked to quit.
     pub(super) quit: bool,
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn new(config: &'a ServeConfig, chain: &'a Chain, server: &'a Server) -> Self {
+    pub(super) fn new(
+        config: &'a ServeConfig,
+        chain: &'a Chain,
+        server: &'a Server,
+        background: &'a mut Background,
+    ) -> Self {
         Self {
             config,
             chain,
             server,
+            background,
             quit: false,
         }
     }
@@ -61,10 +70,11 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: match &node.info {
-                Some(info) => info.header.size,
-                None => node.layer.file.len().unwrap_or(0),
-            },
+            virtual_size_bytes: self.chain.virtual_size(
+                index,
+                node,
+                self.config.image.snapshot.is_some(),
+            ),
             actual_size_bytes: node
                 .layer
                 .file
@@ -91,7 +101,14 @@ impl<'a> Report<'a> {
                     CompressionType::Zlib => "zlib",
                     CompressionType::Zstd => "zstd",
                 },
-                internal_snapshots: info.snapshots.iter().map(snapshot).collect(),
+                internal_snapshots: if index == 0 {
+                    let snapshots = self.background.snapshots();
+                    snapshots.iter().map(InternalSnapshotInfo::from).collect()
+                } else {
+                    let size = info.header.size;
+                    let snapshots = info.snapshots.iter();
+                    snapshots.map(|entry| snapshot(entry, size)).collect()
+                },
             }),
         }
     }
@@ -141,6 +158,22 @@ impl Handler for Report<'_> {
         }
     }
 
+    fn jobs(&mut self) -> Vec<JobInfo> {
+        self.background.jobs()
+    }
+
+    fn set_job_speed(&mut self, id: &str, speed: u64) {
+        self.background.set_speed(id, speed);
+    }
+
+    fn dismiss_job(&mut self, id: &str) {
+        self.background.dismiss(id);
+    }
+
+    fn order(&mut self, ticket: Ticket, order: Order) -> Result<(), CommandError> {
+        self.background.order(ticket, order)
+    }
+
     fn quit(&mut self) {
         self.quit = true;
     }
@@ -154,17 +187,19 @@ fn bytes(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
 
-fn snapshot(entry: &SnapshotEntry) -> InternalSnapshotInfo {
-    const SECOND: u64 = 1_000_000_000;
-    InternalSnapshotInfo {
+/// A snapshot of a backing file, which nobody changes.
+fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
+    InternalSnapshotInfo::from(&SnapshotInfo {
         id: bytes(&entry.id),
         name: bytes(&entry.name),
-        vm_state_size: entry.vm_state_size(),
-        date_sec: entry.date_sec.into(),
+        date_sec: entry.date_sec,
         date_nsec: entry.date_nsec,
-        vm_clock_sec: entry.vm_clock_nsec / SECOND,
-        vm_clock_nsec: u32::try_from(entry.vm_clock_nsec % SECOND).unwrap_or(0),
-    }
+        vm_clock_nsec: entry.vm_clock_nsec,
+        vm_state_size: entry.vm_state_size(),
+        disk_size: entry.disk_size().unwrap_or(disk_size),
+        icount: entry.icount(),
+        unsettled: false,
+    })
 }
 
 fn operations<'a>(snapshots: impl Iterator<Item = &'a OperationSnapshot>) -> OperationStats {

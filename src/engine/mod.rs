@@ -32,6 +32,7 @@ mod protected;
 mod read;
 mod snapshot;
 mod source;
+mod sync;
 mod table;
 mod taken;
 mod worker;
@@ -111,6 +112,9 @@ pub enum ImageEvent {
         message: String,
     },
 }
+
+/// Slots of a background worker's directory: its walks do not come back to what they have seen.
+const BACKGROUND_SLOTS: usize = 64;
 
 type EventSink = Box<dyn Fn(ImageEvent) + Send + Sync>;
 
@@ -197,6 +201,12 @@ impl Image {
     /// A thread's access to the image. `storage` has the chain's files in the order of its layers.
     pub fn worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
         Worker::new(Arc::clone(self), storage)
+    }
+
+    /// Access for a thread that does background work: a small directory, and nothing of it in
+    /// [`Self::cache_stats`].
+    pub fn background_worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
+        Worker::with_directory(Arc::clone(self), storage, BACKGROUND_SLOTS, Arc::default())
     }
 
     fn add_counters(&self, counters: &Arc<CacheCounters>) {

@@ -117,7 +117,7 @@ impl<S: Storage> Worker<S> {
                 .look(target, pin, offset + done, sg.len() - done)
                 .await?;
             done += self
-                .write_span(&span, offset + done, &sg.slice(done, sg.len() - done))
+                .write_span(&span, pin, offset + done, &sg.slice(done, sg.len() - done))
                 .await?;
             drop(span);
             self.relieve().await?;
@@ -176,6 +176,7 @@ impl<S: Storage> Worker<S> {
     async fn write_span(
         &self,
         span: &Span<'_, '_>,
+        pin: &mut PinGuard,
         position: u64,
         sg: &SgList,
     ) -> Result<u64, Error> {
@@ -195,6 +196,11 @@ impl<S: Storage> Worker<S> {
             self.write_host(span.target.layer.file, host + inside, sg.slice(0, len))
                 .await?;
             return Ok(len);
+        }
+        // What cannot go in place belongs to the present generation: it waits for the grace of that
+        // one where it has to wait.
+        if pin.renew() {
+            return Ok(0);
         }
         if let Cluster::ZeroAllocated { host, copied: true } = first {
             let len = (cluster_size - inside).min(sg.len());

@@ -20,6 +20,7 @@ use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::header::INCOMPAT_DIRTY;
 use crate::format::l1::L1Entry;
+use crate::format::refcount;
 use crate::format::snapshot::SnapshotEntry;
 use crate::storage::{AlignedBuf, SgList, Storage};
 use crate::units::{HostOffset, to_u64};
@@ -99,7 +100,7 @@ impl<S: Storage> Worker<S> {
         } = target;
         let snapshots = &active.snapshots;
         let mut table = snapshots.table.lock().await;
-        self.check_new(target, &table, new)?;
+        self.check_new(target, &table, new).await?;
         let is_v2 = mapping.version < 3;
         let mut entries = self.new_entries(target, &table, new);
         let l1_clusters = mapping.geometry.clusters_for(to_u64(mapping.l1.len()) * 8);
@@ -136,7 +137,9 @@ impl<S: Storage> Worker<S> {
 
         let keys: Vec<u64> = entries.iter().map(|_| snapshots.next_key()).collect();
         let frozen = self.freeze(target, &keys).await;
-        self.end_grace(frozen.generation).await;
+        if keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
 
         let l1: Box<[u64]> = frozen
             .l1
@@ -158,6 +161,9 @@ impl<S: Storage> Worker<S> {
             Ok(())
         }
         .await;
+        if !keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
         if let Err(error) = committed {
             for key in keys.iter().rev() {
                 lock(&active.drops).settle(*key);
@@ -295,7 +301,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Names and numbers that a new snapshot must have.
-    fn check_new(
+    async fn check_new(
         &self,
         target: Target<'_>,
         table: &Table,
@@ -324,7 +330,7 @@ impl<S: Storage> Worker<S> {
         // references are gone.
         let geometry = target.mapping.geometry;
         let bits = 1_u32 << geometry.refcount_order();
-        let most = u64::MAX.checked_shr(64 - bits).unwrap_or(0);
+        let most = refcount::most(geometry.refcount_order());
         let deleted = target.active.snapshots.deleted();
         let present = table.len() + deleted;
         if (present + to_u64(new.len())).saturating_add(1) > most {
@@ -336,7 +342,7 @@ impl<S: Storage> Worker<S> {
                 ),
             ));
         }
-        Ok(())
+        self.check_compressed(target, to_u64(new.len())).await
     }
 
     fn new_entries(

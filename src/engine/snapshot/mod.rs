@@ -14,6 +14,7 @@
 
 mod background;
 mod commit;
+mod compressed;
 mod delete;
 mod flags;
 mod freeze;
