@@ -39,3 +39,5 @@ in_image=$(sha256sum <"$scratch/disk.raw" | cut -d' ' -f1)
 [[ -n $in_guest && $in_guest == "$in_image" ]] ||
     die "the guest read '$in_guest' from the first 256 MiB, qemu-img '$in_image'"
 say "qemu-img reads the same data as the guest"
+
+QBLKD=${QBLKD-} run "$contrib/guest-snapshots.sh"

@@ -117,8 +117,8 @@ def timeline_picture(title, subtitle, panels):
             drawing.path(kind, levels, ' fill="none" stroke-width="1.2"')
         drawing.line("axis", LEFT, bottom, right, bottom)
         drawing.line("axis", LEFT, top, LEFT, bottom)
-        draw_marks(drawing, marks, zero, place, top, bottom)
-        drawing.text(right, bottom - 8, name, anchor="end", more=' font-weight="600"')
+        drawing.text(LEFT, top - 4, name, more=' font-weight="600"')
+        draw_marks(drawing, marks, zero, place, (top, bottom), LEFT + 7.5 * len(name))
     drawing.text((LEFT + right) / 2, height - 12,
                  "seconds after the snapshot was asked for", "quiet", "middle")  # fmt: skip
     return drawing.done()
@@ -135,9 +135,10 @@ def worst_per_pixel(timeline, zero, place, begin):
     return sorted(worst.items())
 
 
-def draw_marks(drawing, marks, zero, place, top, bottom):
+def draw_marks(drawing, marks, zero, place, panel, name_end):
     """Vertical lines with labels above the panel, in as many rows as keep them apart."""
-    rows = []  # where the last label of each row ends
+    top, bottom = panel
+    rows = [name_end]  # where the last label of each row ends
     for label, moment in marks:
         x = place((moment - zero) / SECOND)
         width = 6.4 * len(label)
@@ -170,7 +171,7 @@ def gap_picture(title, subtitle, sizes, series):
     for number, size in enumerate(sizes):
         drawing.line("axis", place(number), bottom, place(number), bottom + 4)
         drawing.text(place(number), bottom + 18, size, "quiet", "middle")
-    taken = []
+    names = []
     for name, kind, dashed, values in series:
         points = [
             (place(number), scale_log(value, LOW_MS, HIGH_MS, bottom, top))
@@ -183,11 +184,11 @@ def gap_picture(title, subtitle, sizes, series):
         drawing.path(kind, points, f' fill="none" stroke-width="2"{dash}')
         for x, y in points:
             drawing.parts.append(f'<circle class="{kind}-area" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-        y = points[-1][1] + 4
-        while any(abs(y - other) < 15 for other in taken):
-            y += 1
-        taken.append(y)
-        drawing.text(right + 8, y, name)
+        names.append((points[-1][1] + 4, name))
+    last = 0.0
+    for y, name in sorted(names):
+        last = max(y, last + 15)
+        drawing.text(right + 8, last, name)
     drawing.line("axis", LEFT, bottom, right, bottom)
     drawing.line("axis", LEFT, top, LEFT, bottom)
     drawing.text((LEFT + right) / 2, height - 12, "virtual size", "quiet", "middle")
