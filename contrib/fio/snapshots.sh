@@ -15,21 +15,18 @@ churn() {
     round=0
     while [ ! -e /tmp/stop ]; do
         round=$((round + 1))
-        cp -r /etc /bin "/mnt/tree-$((round % 3))" || return
-        sync
-        rm -r "/mnt/tree-$(((round + 1) % 3))" 2>/dev/null
+        tree=/mnt/tree-$((round % 3))
+        rm -rf "$tree" && mkdir "$tree" && cp -r /etc /usr/lib/modules "$tree/" && sync || return
     done
-    return 0
 }
 
 check "mkfs.ext4" mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$DISK"
 check "mount" mount_disk
-mkdir /mnt/tree-0 /mnt/tree-1 /mnt/tree-2 /mnt/fio
+mkdir /mnt/fio
 
 echo "SNAPSHOTS-BEGIN"
-churn >/tmp/churn 2>&1 &
+churn &
 churn_pid=$!
-run_fio snapshots.fio
 run_fio snapshots.fio
 echo "SNAPSHOTS-END"
 : >/tmp/stop
