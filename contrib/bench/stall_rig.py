@@ -207,16 +207,16 @@ class Server:
 
 
 class Load:
-    """A client that works until it is told to stop."""
+    """A client that works until it is told to stop, or has done a number of requests."""
 
-    def __init__(self, args, server, folder, pattern, seed, options=()):
+    def __init__(self, args, server, folder, pattern, seed, options=(), ios=0):
         self.file = folder / "timeline.json"
         self.file.unlink(missing_ok=True)
         command = [
             args.client, "bench", "--socket", server.socket, "--rw", pattern, "--bs", "4k",
             "--iodepth", str(args.iodepth), "--queues", str(args.queues), "--runtime", "3600",
             "--connect-timeout", "60", "--seed", str(seed), "--timeline", str(self.file),
-            "--remote", *options,
+            *(["--ios", str(ios)] if ios else ["--remote"]), *options,
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -242,9 +242,10 @@ class Load:
         if self.process.poll() is not None:
             raise Failed("the client is gone: " + self.process.stderr.read().strip())
 
-    def wait(self, limit):
-        """Lets it come to an end by itself."""
+    def finish(self, limit):
+        """Ends it, unless it ends by itself; returns its timeline."""
         try:
+            # This closes its standard input: the end of a load that is steered.
             out, error = self.process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as expired:
             self.kill()
@@ -252,10 +253,6 @@ class Load:
         if self.process.returncode != 0:
             raise Failed(f"the client: {(error or out).strip()}")
         return Timeline.load(self.file)
-
-    def finish(self, limit):
-        """Ends it; returns its timeline."""
-        return self.wait(limit)  # communicate() closes its standard input
 
     def kill(self):
         if self.process.poll() is None:

@@ -209,11 +209,11 @@ def kill(run, after_s):
             server.kill()
         # The client waits for the socket, so that the time is the server's.
         Path(server.socket).unlink(missing_ok=True)
-        load = Load(run.args, server, run.folder, "randread", run.seed, ["--ios", "16"])
+        load = Load(run.args, server, run.folder, "randread", run.seed, ios=16)
         try:
             time.sleep(0.3)
             server.start()
-            timeline = load.wait(run.limit)
+            timeline = load.finish(run.limit)
         finally:
             load.kill()
         first_ms = (timeline.first_completion - server.started) / MS
