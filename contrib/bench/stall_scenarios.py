@@ -90,7 +90,7 @@ def settled(run, server, load, open_until):
             if not confined and (now() > open_until or room.is_short()):
                 load.confine(SMALL_REGION)
                 confined = True
-        time.sleep(0.02)
+        time.sleep(0.01)
     return now()
 
 
