@@ -58,6 +58,16 @@ class Timeline:
                 break
         return longest
 
+    def longest_gaps(self, start, end, zero, count=8):
+        """The longest gaps that ended between two moments: (when it ended, how long), in ms, the
+        former counted from `zero`, in the order of time."""
+        window = range(self.index(start), self.index(end))
+        worst = sorted(window, key=lambda index: self.gap_us[index], reverse=True)[:count]
+        return [
+            ((self.start + index * self.interval - zero) / MS, self.gap_us[index] / 1000)
+            for index in sorted(worst)
+        ]
+
     def ages_ms(self):
         """For each interval how old the oldest request is that completes in it, or, while nothing
         completes, how old the one is by then that completes next."""
