@@ -62,11 +62,7 @@ fn damage(bytes: &mut [u8], random: &mut fastrand::Rng, zeroes: bool) {
             let entry = L2Entry(word(bytes, table + index * 8));
             let names = L1Entry(entry.0).table_offset().is_some();
             if !entry.is_compressed() && names {
-                put(
-                    bytes,
-                    table + index * 8,
-                    entry.with_copied(random.bool()).0,
-                );
+                put(bytes, table + index * 8, entry.with_copied(random.bool()).0);
             }
         }
     }
@@ -136,10 +132,8 @@ impl Rig {
         let len = self.model.borrow().sectors() * 512;
         let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
         let (worker, lent) = (Rc::clone(&client.worker), sg.slice(0, len));
-        let read =
-            self.block_on(
-                async move { worker.read(worker.pin(), GuestOffset::new(0), lent).await },
-            );
+        let read = self
+            .block_on(async move { worker.read(worker.pin(), GuestOffset::new(0), lent).await });
         read.map_err(|error| Violation(format!("read after the cut: {}", error.chain())))?;
         let bytes = sg.to_vec();
         let since = self.model.borrow().flush_floor();
@@ -224,8 +218,7 @@ fn rebuild_under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     // And as an image like any other.
     rig.open(&options)?;
     let worker = rig.worker();
-    rig.driver
-        .spawn(chaos(worker, random.fork(), 30, Mix::ALL));
+    rig.driver.spawn(chaos(worker, random.fork(), 30, Mix::ALL));
     rig.run()?;
     rig.close()?;
     rig.judge_closed()
@@ -247,11 +240,7 @@ fn a_rebuild_under_load_agrees_with_the_model_and_leaves_a_clean_image() {
 fn until_the_rebuild_is_done_clusters_come_from_past_the_end() {
     let recipe = Recipe {
         fill: |cluster| {
-            if cluster < 60 {
-                Fill::Data
-            } else {
-                Fill::None
-            }
+            if cluster < 60 { Fill::Data } else { Fill::None }
         },
         snapshot: true,
         ..Recipe::plain(10, 96 << 10)
@@ -307,8 +296,7 @@ fn snapshots_meanwhile(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     let stop = Rc::new(Cell::new(false));
     for _ in 0..2 {
         let worker = rig.worker();
-        rig.driver
-            .spawn(chaos(worker, random.fork(), 40, Mix::ALL));
+        rig.driver.spawn(chaos(worker, random.fork(), 40, Mix::ALL));
     }
     let client = rig.worker();
     let work = rig.driver.spawn(background(client, Rc::clone(&stop)));
@@ -374,8 +362,7 @@ fn cuts(recipe: Recipe, seed: u64, cuts_max: u32) -> Result<u32, Violation> {
     rig.open(&OpenOptions::default())?;
     for _ in 0..2 {
         let worker = rig.worker();
-        rig.driver
-            .spawn(chaos(worker, random.fork(), 25, Mix::ALL));
+        rig.driver.spawn(chaos(worker, random.fork(), 25, Mix::ALL));
     }
     let client = rig.worker();
     rig.driver

@@ -183,10 +183,7 @@ fn a_cut_of_a_revert_leaves_the_old_disk_or_the_new() {
             let cut = rig.disk.power_cut(&mut random, CutMode::Random);
             let mut after = rig.after_cut(cut, step);
             let is_new = disk_of(&after, false).expect("a disk") == *new;
-            (old_seen, new_seen) = (
-                old_seen + u32::from(!is_new),
-                new_seen + u32::from(is_new),
-            );
+            (old_seen, new_seen) = (old_seen + u32::from(!is_new), new_seen + u32::from(is_new));
             let disk = if is_new { &*new } else { &old };
             judge(&mut after, disk).unwrap_or_else(|violation| {
                 panic!("{number}, cut at {step}: {violation}\n{}", rig.disk.trace())
@@ -330,9 +327,8 @@ fn made_by_qemu(options: &str) -> (Files, Vec<(&'static str, Vec<u8>)>) {
 fn make_vm_state(bytes: &mut [u8], disk_size: u64, state_size: u64) {
     let header = Header::decode(bytes).expect("a header");
     let start = to_usize(header.snapshot_table_offset.get());
-    let mut entries =
-        crate::format::snapshot::decode_table(&bytes[start..], header.snapshot_count)
-            .expect("a table");
+    let mut entries = crate::format::snapshot::decode_table(&bytes[start..], header.snapshot_count)
+        .expect("a table");
     let entry = &mut entries[2];
     let extra = crate::format::SnapshotEntry::extra_data(state_size, disk_size, None);
     entry.extra[..16].copy_from_slice(&extra[..16]);
@@ -347,7 +343,10 @@ fn a_snapshot_shown_read_only_is_what_qemu_says() {
         let (files, contents) = made_by_qemu(options);
         for (number, (name, content)) in (1..).zip(&contents) {
             let path = files.path("i.qcow2");
-            assert!(served(&path, Some(named(name))) == *content, "{options} {name}");
+            assert!(
+                served(&path, Some(named(name))) == *content,
+                "{options} {name}"
+            );
             let by_id = Selector {
                 id: Some(number.to_string()),
                 name: None,
@@ -370,7 +369,11 @@ fn snapshots_of_qemu_of_any_size_can_be_reverted_to() {
         let image = files.text("i.qcow2");
         // VM state by the last one, so that the larger disks come before and after.
         for name in ["small", "state", "large", "state", "small"] {
-            let content = &contents.iter().find(|(known, _)| *known == name).expect("one").1;
+            let content = &contents
+                .iter()
+                .find(|(known, _)| *known == name)
+                .expect("one")
+                .1;
             let info = block_on(revert(storage(&path), FileId(0), &named(name)))
                 .unwrap_or_else(|error| panic!("{options} {name}: {}", error.chain()));
             assert_eq!(info.disk_size, content.len() as u64);
@@ -400,7 +403,10 @@ fn the_repair_of_qemu_takes_a_reverted_image() {
     let path = files.path("i.qcow2");
     let image = files.text("i.qcow2");
     block_on(revert(storage(&path), FileId(0), &named("large"))).expect("reverts");
-    run("qemu-img", &["check", "-q", "-r", "all", "-f", "qcow2", &image]);
+    run(
+        "qemu-img",
+        &["check", "-q", "-r", "all", "-f", "qcow2", &image],
+    );
     run("qemu-img", &["check", "-q", "-f", "qcow2", &image]);
     assert!(served(&path, None) == contents[1].1);
     assert!(served(&path, Some(named("state"))) == contents[2].1);
