@@ -62,6 +62,7 @@ END
 script_test "manifest" manifest_test
 script_test "control socket" "$contrib/control-test.sh"
 script_test "guest" "$contrib/guest-test.sh"
+script_test "guest: snapshots" "$contrib/guest-snapshots.sh"
 
 step "Result"
 print_tally

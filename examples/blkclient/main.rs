@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use kit::bench::{self, Pattern};
 use kit::chaos::{self, Initial};
 use kit::disk::{ConnectOptions, Disk};
+use kit::remote::Remote;
 use kit::{Error, verify};
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -108,6 +109,15 @@ struct Bench {
     /// Process to measure the CPU time of
     #[arg(long)]
     server_pid: Option<u32>,
+    /// Write down in this file, as JSON, what completed in each millisecond
+    #[arg(long, value_name = "FILE")]
+    timeline: Option<PathBuf>,
+    /// Take commands from standard input; its end ends the load
+    ///
+    /// `region OFFSET BYTES` moves a random load there, `region all` back to the region it began
+    /// with.
+    #[arg(long)]
+    remote: bool,
 }
 
 #[derive(Args)]
@@ -252,6 +262,8 @@ fn run_bench(args: &Bench) -> Result<Value, Error> {
         rate: args.rate,
         seed: args.seed,
         server_pid: args.server_pid,
+        timeline: args.timeline.clone(),
+        remote: args.remote.then(Remote::on_stdin),
     })
 }
 

@@ -11,6 +11,8 @@
 mod kit;
 
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod chaos;
 #[cfg(test)]
 mod cli;

@@ -5,13 +5,16 @@
 //! with one reading of the clock per batch.
 
 use super::disk::{Completion, ConnectOptions, Disk, Kind, Queue, STATUS_OK, Waiter, Watchdog};
+use super::remote::Remote;
 use super::server_cpu::CpuSample;
+use super::timeline::Timeline;
 use super::{Error, SECTOR_BYTES};
 use fastrand::Rng;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use std::ops::Range;
-use std::sync::mpsc;
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 /// Longest latency that is told apart from longer ones.
@@ -62,6 +65,10 @@ pub(crate) struct Options {
     pub(crate) rate: u64,
     pub(crate) seed: u64,
     pub(crate) server_pid: Option<u32>,
+    /// Writes down when requests completed, in this file; the ramp too.
+    pub(crate) timeline: Option<PathBuf>,
+    /// What another process may change while the load runs.
+    pub(crate) remote: Option<Arc<Remote>>,
 }
 
 /// Where the next request goes.
@@ -80,7 +87,9 @@ enum Order {
 
 /// Picks the offsets of one queue.
 struct Cursor {
-    /// In units of strides.
+    /// All blocks that it may ever pick, in units of strides.
+    all: Range<u64>,
+    /// Those of them that it picks now.
     blocks: Range<u64>,
     next: u64,
     order: Order,
@@ -107,9 +116,24 @@ impl Cursor {
         };
         Self {
             next: blocks.start,
+            all: blocks.clone(),
             blocks,
             order,
             rng,
+        }
+    }
+
+    /// From now on only blocks of this part of the disk, in bytes; all, if it holds none. Random
+    /// patterns only: the others go on where they are.
+    fn confine(&mut self, region: &Range<u64>, stride_bytes: u64) {
+        let start = region.start.div_ceil(stride_bytes).max(self.all.start);
+        let end = (region.end / stride_bytes).min(self.all.end);
+        if matches!(self.order, Order::Random) {
+            self.blocks = if start < end {
+                start..end
+            } else {
+                self.all.clone()
+            };
         }
     }
 
@@ -160,10 +184,11 @@ struct Measured {
     first_bad_status: u8,
     longest_gap: Duration,
     last_completion: Instant,
+    timeline: Option<Timeline>,
 }
 
 impl Measured {
-    fn new(start: Instant) -> Result<Self, Error> {
+    fn new(start: Instant, timeline: Option<Timeline>) -> Result<Self, Error> {
         let histogram = || {
             Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3)
                 .map_err(|error| Error::Usage(error.to_string()))
@@ -176,6 +201,7 @@ impl Measured {
             first_bad_status: STATUS_OK,
             longest_gap: Duration::ZERO,
             last_completion: start,
+            timeline,
         })
     }
 
@@ -188,6 +214,9 @@ impl Measured {
         self.first_bad_status = self.first_bad_status.max(other.first_bad_status);
         self.longest_gap = self.longest_gap.max(other.longest_gap);
         self.last_completion = self.last_completion.max(other.last_completion);
+        if let (Some(mine), Some(theirs)) = (&mut self.timeline, &other.timeline) {
+            mine.merge(theirs);
+        }
     }
 }
 
@@ -213,6 +242,11 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
         }
     }
 
+    // All threads' timelines are copies of this one: they start at the same time.
+    let timeline = options
+        .timeline
+        .is_some()
+        .then(|| Timeline::new(queue_count));
     let start = Instant::now();
     let measure_from = start + options.ramp;
     let schedule = Schedule {
@@ -227,9 +261,9 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
             let share = (queues.len()).div_ceil(threads - thread);
             let mine: Vec<Queue> = queues.drain(..share).collect();
             let cursors: Vec<Cursor> = cursors.drain(..share).collect();
-            let (disk, done) = (&disk, done.clone());
+            let (disk, done, timeline) = (&disk, done.clone(), timeline.clone());
             handles.push(scope.spawn(move || {
-                let result = Worker::new(options, mine, cursors, threads, schedule)
+                let result = Worker::new(options, mine, cursors, threads, schedule, timeline)
                     .and_then(|worker| worker.run(disk));
                 drop(done);
                 result
@@ -253,7 +287,7 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
         }
         let cpu_after = sample();
         let end = if running { Some(Instant::now()) } else { None };
-        let mut measured = Measured::new(schedule.measure_from)?;
+        let mut measured = Measured::new(schedule.measure_from, timeline)?;
         for handle in handles {
             let Ok(part) = handle.join() else {
                 return Err(Error::Protocol("a client thread panicked".to_owned()));
@@ -270,6 +304,9 @@ pub(crate) fn run(options: &Options) -> Result<Value, Error> {
     // A run that ended by itself lasted until its last completion.
     let end = end.unwrap_or(measured.last_completion);
     let elapsed = end.saturating_duration_since(schedule.measure_from);
+    if let (Some(timeline), Some(file)) = (&measured.timeline, &options.timeline) {
+        timeline.save(file)?;
+    }
     Ok(report(options, &mut measured, elapsed, cpu))
 }
 
@@ -338,6 +375,8 @@ struct Worker<'a> {
     /// Time between two requests of this thread, if the rate is limited.
     interval: Option<Duration>,
     next_due: Instant,
+    /// The state of the remote control that the cursors follow.
+    remote_version: u64,
 }
 
 impl<'a> Worker<'a> {
@@ -347,6 +386,7 @@ impl<'a> Worker<'a> {
         cursors: Vec<Cursor>,
         threads: usize,
         schedule: Schedule,
+        timeline: Option<Timeline>,
     ) -> Result<Self, Error> {
         let now = Instant::now();
         let idle = SlotState {
@@ -364,7 +404,8 @@ impl<'a> Worker<'a> {
             queues,
             cursors,
             schedule,
-            measured: Measured::new(schedule.measure_from)?,
+            measured: Measured::new(schedule.measure_from, timeline)?,
+            remote_version: 0,
             requests_left: options.requests_max.div_ceil(threads),
             interval: (rate > 0).then(|| Duration::from_nanos(1_000_000_000 / rate)),
             next_due: now,
@@ -427,7 +468,7 @@ impl<'a> Worker<'a> {
             return Ok(none_in_flight.then_some(0));
         };
         let now = Instant::now();
-        if now >= self.schedule.submit_until || self.requests_left == 0 {
+        if self.is_over(now) {
             self.idle.clear();
             return Ok(none_in_flight.then_some(0));
         }
@@ -444,6 +485,30 @@ impl<'a> Worker<'a> {
             .as_millis()
             .clamp(1, 100);
         Ok(Some(i32::try_from(wait).unwrap_or(1)))
+    }
+
+    /// Whether no request is to be started any more.
+    fn is_over(&self, now: Instant) -> bool {
+        let remote = self.options.remote.as_ref();
+        now >= self.schedule.submit_until
+            || self.requests_left == 0
+            || remote.is_some_and(|remote| remote.is_over())
+    }
+
+    /// Moves the cursors to where the remote control wants them.
+    fn follow_remote(&mut self) {
+        let Some(remote) = &self.options.remote else {
+            return;
+        };
+        let version = remote.version();
+        if version == self.remote_version {
+            return;
+        }
+        self.remote_version = version;
+        let region = remote.region();
+        for cursor in &mut self.cursors {
+            cursor.confine(&region, self.options.stride_bytes);
+        }
     }
 
     fn note_gap(&mut self, now: Instant) {
@@ -465,6 +530,9 @@ impl<'a> Worker<'a> {
         if completion.status != STATUS_OK {
             self.measured.errors += 1;
             self.measured.first_bad_status = completion.status;
+        }
+        if let Some(timeline) = &mut self.measured.timeline {
+            timeline.note(queue_index, state.submitted, now);
         }
         let measured = now > self.schedule.measure_from && now <= self.schedule.submit_until;
         if measured {
@@ -497,9 +565,10 @@ impl<'a> Worker<'a> {
     }
 
     fn submit(&mut self, queue_index: usize, slot: usize, now: Instant) -> Result<(), Error> {
-        if now >= self.schedule.submit_until || self.requests_left == 0 {
+        if self.is_over(now) {
             return Ok(());
         }
+        self.follow_remote();
         let cursor = &mut self.cursors[queue_index];
         let kind = match self.options.pattern {
             Pattern::Read | Pattern::Randread => Kind::Read,
@@ -593,6 +662,17 @@ mod tests {
     #[test]
     fn alloc_write_of_one_block_ends() {
         assert_eq!(all_of(Cursor::new(Pattern::AllocWrite, 5..6, 1)), [5]);
+    }
+
+    #[test]
+    fn a_confined_cursor_stays_in_its_region_and_comes_out_again() {
+        let mut cursor = Cursor::new(Pattern::Randread, 10..1000, 3);
+        cursor.confine(&(4096 * 20 - 1..4096 * 30 + 1), 4096);
+        let picked: Vec<u64> = (0..1000).filter_map(|_| cursor.next()).collect();
+        assert!(picked.iter().all(|block| (20..30).contains(block)));
+        assert_eq!(picked.len(), 1000);
+        cursor.confine(&(0..u64::MAX), 4096);
+        assert!((0..1000).any(|_| cursor.next().is_some_and(|block| block >= 500)));
     }
 
     #[test]

@@ -14,8 +14,10 @@ pub(crate) mod disk;
 mod error;
 pub(crate) mod journal;
 pub(crate) mod model;
+pub(crate) mod remote;
 pub(crate) mod scan;
 mod server_cpu;
+pub(crate) mod timeline;
 pub(crate) mod verify;
 
 pub(crate) use error::Error;

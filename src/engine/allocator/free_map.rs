@@ -1,7 +1,6 @@
 //! Free bitmaps: one per refcount block, one bit per cluster, set where the cluster may be taken.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 #[derive(Debug)]
 struct FreeMap {
@@ -86,20 +85,15 @@ impl FreeMaps {
         (self.known_below < blocks).then_some(self.known_below)
     }
 
-    /// Records what is free in a block.
-    pub(super) fn learn(
-        &mut self,
-        block: u64,
-        clusters: Range<u64>,
-        is_free: impl Fn(u64) -> bool,
-    ) {
+    /// Records what is free in a block whose first cluster is `base`.
+    pub(super) fn learn(&mut self, block: u64, base: u64, free: impl Iterator<Item = u64>) {
         let mut map = FreeMap {
-            base: clusters.start,
+            base,
             words: Vec::new(),
             free: 0,
             first_word: usize::MAX,
         };
-        for cluster in clusters.filter(|cluster| is_free(*cluster)) {
+        for cluster in free {
             map.set(cluster);
         }
         map.first_word = map.first_word.min(map.words.len());
@@ -231,8 +225,8 @@ mod tests {
     fn takes_the_lowest_run_and_takes_it_back() {
         let mut maps = FreeMaps::default();
         assert_eq!(maps.first_unknown(2), Some(0));
-        maps.learn(0, 0..256, |cluster| cluster >= 250);
-        maps.learn(1, 256..512, |cluster| cluster < 260);
+        maps.learn(0, 0, 250..256);
+        maps.learn(1, 256, 256..260);
         assert_eq!(maps.first_unknown(2), None);
         assert_eq!(maps.take(4), Some((250, 4)));
         assert_eq!(maps.take(4), Some((254, 2)));
@@ -250,8 +244,8 @@ mod tests {
     #[test]
     fn takes_a_run_across_blocks_or_none() {
         let mut maps = FreeMaps::default();
-        maps.learn(0, 0..256, |cluster| cluster >= 253 || cluster == 100);
-        maps.learn(1, 256..512, |cluster| cluster < 258);
+        maps.learn(0, 0, std::iter::once(100).chain(253..256));
+        maps.learn(1, 256, 256..258);
         assert_eq!(maps.take_contiguous(6, 256), None);
         assert_eq!(maps.take_contiguous(4, 256), Some(253));
         assert_eq!(maps.take_contiguous(2, 256), None);
@@ -264,7 +258,7 @@ mod tests {
     #[should_panic(expected = "freed twice")]
     fn freeing_twice_is_a_broken_invariant() {
         let mut maps = FreeMaps::default();
-        maps.learn(0, 0..64, |_| false);
+        maps.learn(0, 0, 0..0);
         maps.set_free(3, 1, 64);
         maps.set_free(3, 1, 64);
     }

@@ -214,8 +214,7 @@ impl Allocator {
         for block in self.block_index(clusters.start)..=self.block_index(clusters.end - 1) {
             let part = clusters.start.max(block * entries)..clusters.end.min((block + 1) * entries);
             if !state.free.knows(block) {
-                let below = block * entries..part.start;
-                state.free.learn(block, below, |_| false);
+                state.free.learn(block, block * entries, std::iter::empty());
             }
             let protected = lock(&self.protected);
             for cluster in part.filter(|cluster| is_free(*cluster)) {

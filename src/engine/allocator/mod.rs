@@ -44,13 +44,17 @@ use super::protected::Protected;
 use crate::format::geometry::Geometry;
 use crate::format::refcount;
 use crate::storage::{FileId, Storage};
-use crate::units::HostOffset;
+use crate::units::{HostOffset, to_u64};
 
 pub(crate) use self::background::{Change, PackedRun};
 pub(crate) use self::blocks::{BlockCopy, TableWrite};
 
 /// Runs of clusters freed in the background that a request reclaims when it needs one.
 const RECLAIMED_RUNS: usize = 16;
+/// Blocks that one allocation looks through before it makes the file longer instead: what is free in
+/// the others is found by later ones, and no request waits for work that grows with the image.
+const SCANS_MAX: u32 = 4;
+
 /// On a device a worker reserves at most this part of what is known to be free.
 const RESERVED_SHARE: u64 = 64;
 
@@ -225,6 +229,7 @@ impl Allocator {
         count: u64,
     ) -> Result<Run, Error> {
         let mut reclaimed = false;
+        let mut scans_left = if self.can_grow { SCANS_MAX } else { u32::MAX };
         loop {
             let need = {
                 let mut state = lock(&self.state);
@@ -237,9 +242,12 @@ impl Allocator {
                     return Ok(run);
                 }
                 match state.next_scan(self.geometry.refcount_block_entries()) {
-                    Some(block) => Need::Scan(block),
-                    None if state.growing => Need::WaitForGrowth(self.grown.listen()),
-                    None => {
+                    Some(block) if scans_left > 0 => {
+                        scans_left -= 1;
+                        Need::Scan(block)
+                    }
+                    _ if state.growing => Need::WaitForGrowth(self.grown.listen()),
+                    _ => {
                         state.growing = true;
                         Need::Grow
                     }
@@ -470,8 +478,7 @@ impl Allocator {
             self.learn(&mut state, block);
         } else if !state.free.knows(block) {
             // No block covers these clusters, so they cannot be counted: not ours to use.
-            let clusters = block * entries..((block + 1) * entries).min(state.end);
-            state.free.learn(block, clusters, |_| false);
+            state.free.learn(block, block * entries, std::iter::empty());
         }
         Ok(())
     }
@@ -487,12 +494,14 @@ impl Allocator {
         if !state.free.knows(block) {
             let order = self.geometry.refcount_order();
             let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
-            state.free.learn(block, clusters, |cluster| {
-                let index = usize::try_from(cluster % entries).unwrap_or(0);
-                cluster >= untrusted_end
-                    && refcount::get(counts, order, index) == 0
-                    && !protected.iter().any(|range| range.contains(&cluster))
-            });
+            let end = usize::try_from(clusters.end.saturating_sub(clusters.start)).unwrap_or(0);
+            let unused = refcount::free_indices(counts, order, end)
+                .map(|index| clusters.start + to_u64(index))
+                .filter(|cluster| {
+                    *cluster >= untrusted_end
+                        && !protected.iter().any(|range| range.contains(cluster))
+                });
+            state.free.learn(block, clusters.start, unused);
         }
     }
 
