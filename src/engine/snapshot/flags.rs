@@ -11,7 +11,7 @@
 //!
 //! A v2 image has no dirty bit, and its flags are heeded: a flag that is wrong there is set where a
 //! count is too high, which is harmless, or is missing. So after every open for writing its tables are
-//! read once, and only if one disagrees with the counts everything is shared (by a new generation,
+//! read once, and only if one disagrees with the counts, or would when it is copied, everything is shared (by a new generation,
 //! as for a snapshot) and owned again.
 
 use std::sync::atomic::Ordering;
@@ -128,17 +128,36 @@ impl<S: Storage> Worker<S> {
             return Ok(false);
         }
         let start = mapping.table(l1_index, entry)?;
+        let is_new = lock(&target.active.l1)
+            .unnamed_tables
+            .contains(&start.get());
+        if is_new {
+            // The file does not have it yet.
+            self.flush().await?;
+        }
         let len = to_usize(geometry.cluster_size());
         let (read, table) = self
             .storage
             .read_buf(target.layer.file, start.get(), AlignedBuf::zeroed(len))
             .await;
         read.map_err(|error| Error::io(format!("cannot read the L2 table at {start}"), error))?;
+        let own = geometry.host_cluster(start).get();
         let mut flagged = named_clusters(mapping, start, &table);
-        flagged.push((geometry.host_cluster(start).get(), entry.copied()));
+        flagged.push((own, entry.copied()));
         let alone = self.are_alone(target, &mut flagged).await?;
-        let mut pairs = flagged.iter().zip(alone);
-        Ok(pairs.any(|((_, copied), alone)| *copied != alone))
+        let mut shared_table = false;
+        let mut lone_cluster = false;
+        let mut wrong = false;
+        for ((cluster, copied), alone) in flagged.into_iter().zip(alone) {
+            wrong |= copied != alone;
+            if cluster == own {
+                shared_table = !alone;
+            } else {
+                lone_cluster |= alone;
+            }
+        }
+        // A copy of such a table would have flags missing.
+        Ok(wrong || (shared_table && lone_cluster))
     }
 
     /// Does the table name a cluster that has one reference?
