@@ -22,7 +22,7 @@ use super::layer::{Layer, LayerKind, LostData, Mapping};
 use super::order::FlushGate;
 use super::pin::PinBoard;
 use super::protected::Protected;
-use super::snapshot::{Rebuild, Selector, Snapshots, Table};
+use super::snapshot::{Rebuild, Selector, Snapshots, Table, Task};
 use super::taken::Taken;
 use super::{Image, State};
 use crate::format::geometry::{Geometry, HOST_OFFSET_END};
@@ -688,6 +688,8 @@ fn active<S: Storage>(
         let key = snapshots.next_key();
         drops.freeze(key);
         snapshots.begin_rebuild(Rebuild::new(key, &header, mapping, parts.file_len));
+    } else if header.version < 3 {
+        snapshots.push(Task::Look, 0);
     }
     let parts = AllocatorParts {
         geometry: mapping.geometry,

@@ -125,7 +125,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Puts a copy of a shared table in its place, with every copied flag cleared.
-    async fn copy_table(
+    pub(crate) async fn copy_table(
         &self,
         target: Target<'_>,
         l1_index: usize,

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use event_listener::EventListener;
 
 use super::delete::Given;
-use super::flags::Flags;
+use super::flags::{Flags, Look, Looked};
 use super::reown::Reown;
 use super::walk::Walk;
 use super::{BackgroundStatus, Snapshots, Task, Work};
@@ -64,6 +64,8 @@ enum Phase {
     Begin,
     /// Counting everything anew.
     Rebuild,
+    /// Finding out whether copied flags are right.
+    Look(Look),
     /// Clearing copied flags of what is shared.
     Flags(Flags),
     /// Counting what a tree reaches.
@@ -156,7 +158,7 @@ impl<S: Storage> Worker<S> {
         if background.number != work.number {
             background.number = work.number;
             background.phase = Phase::Begin;
-            background.unclean = true;
+            background.unclean |= !matches!(work.task, Task::Look);
         }
         let mut bytes = 0;
         match &mut background.phase {
@@ -168,6 +170,15 @@ impl<S: Storage> Worker<S> {
                     background.phase = Phase::GiveBack(Given::default());
                 }
             }
+            Phase::Look(look) => match self.look_at_flags(target, look).await? {
+                Looked::On(done) => bytes = done,
+                Looked::Right => background.phase = Phase::End,
+                Looked::Wrong => {
+                    background.unclean = true;
+                    self.share_all(target).await?;
+                    background.phase = Phase::Flags(Flags::default());
+                }
+            },
             Phase::Flags(flags) => match self.clear_shared_flags(target, flags).await? {
                 Some(done) => bytes = done,
                 None => background.phase = Phase::Reown(Reown::default()),
@@ -205,7 +216,9 @@ impl<S: Storage> Worker<S> {
                 None => background.phase = Phase::End,
             },
             Phase::End => {
-                if let Some(status) = snapshots.finish(work.number) {
+                if let Some(status) = snapshots.finish(work.number)
+                    && !matches!(work.task, Task::Look)
+                {
                     return Ok(Step::Done(status));
                 }
             }
@@ -246,6 +259,7 @@ impl<S: Storage> Worker<S> {
             }
             Task::Reown => Phase::GiveBack(Given::default()),
             Task::Rebuild => Phase::Rebuild,
+            Task::Look => Phase::Look(Look::default()),
         }
     }
 
@@ -261,7 +275,7 @@ impl<S: Storage> Worker<S> {
                 self.mark_settled(target, root, *key);
             }
             Task::Delete { root } => self.drop_root(target, root),
-            Task::Reown | Task::Rebuild => {}
+            Task::Reown | Task::Rebuild | Task::Look => {}
         }
         Ok(())
     }

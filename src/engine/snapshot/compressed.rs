@@ -43,6 +43,13 @@ impl<S: Storage> Worker<S> {
         if coming.is_empty() {
             return Ok(());
         }
+        if target.active.allocator.untrusted_end() > 0 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "whether refcounts have room for a snapshot of compressed data is not known before \
+                 they are rebuilt: try again when that is done",
+            ));
+        }
         // Snapshots that are not counted yet have had what the active tree has now, and more.
         let unsettled: Vec<Arc<Root>> = {
             let queue = lock(&target.active.snapshots.queue);

@@ -4,21 +4,46 @@
 //! in L1 entries that name such tables. In memory nobody heeds them: no table of that time is owned.
 //! In the file they must be gone before the dirty bit is. Tables that are not shared are decided entry
 //! by entry when they become ours again (see `reown`).
+//!
+//! A v2 image has no dirty bit, and its flags are heeded: a flag that is wrong there is set where a
+//! count is too high, which is harmless, or is missing. So after every open for writing its tables are
+//! read once, and only if one disagrees with the counts everything is shared (by a new generation,
+//! as for a snapshot) and owned again.
 
 use std::sync::atomic::Ordering;
 
 use super::settle::{cleared, share_table};
 use crate::engine::error::{Error, lock};
+use crate::engine::layer::Mapping;
 use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::l1::L1Entry;
+use crate::format::l2::{Cluster, L2Entry};
 use crate::storage::{AlignedBuf, SgList, Storage};
-use crate::units::{HostOffset, to_u64, to_usize};
+use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// L1 entries that are looked at together.
 const ENTRIES_AT_ONCE: usize = 4096;
 /// Bytes of tables that one step reads (at least one table).
 const BYTES_AT_ONCE: u64 = 1 << 20;
+
+/// How far the flags of a v2 image are looked at.
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    /// The next L1 index.
+    next: usize,
+}
+
+/// What a look has found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Looked {
+    /// So many bytes were read, and more are left.
+    On(u64),
+    /// Every flag is as it must be.
+    Right,
+    /// One is not.
+    Wrong,
+}
 
 /// How far the tables of the active tree are looked at.
 #[derive(Debug, Default)]
@@ -45,6 +70,89 @@ impl<S: Storage> Worker<S> {
                 l1.modified.push(index);
             }
         }
+    }
+
+    /// Compares some copied flags in the file with the counts.
+    pub(super) async fn look_at_flags(
+        &self,
+        target: Target<'_>,
+        look: &mut Look,
+    ) -> Result<Looked, Error> {
+        let mapping = target.mapping;
+        let mut read = 0;
+        while read < BYTES_AT_ONCE {
+            if look.next >= mapping.l1.len() {
+                return Ok(Looked::Right);
+            }
+            let index = look.next;
+            if mapping.l1_entry(index).table_offset().is_some() {
+                read += mapping.geometry.cluster_size();
+                // A guest may change a table and its counts between the reads: only what is wrong
+                // twice is wrong.
+                if self.has_wrong_flag(target, index).await?
+                    && self.has_wrong_flag(target, index).await?
+                {
+                    return Ok(Looked::Wrong);
+                }
+            }
+            look.next += 1;
+        }
+        Ok(Looked::On(read))
+    }
+
+    async fn has_wrong_flag(&self, target: Target<'_>, l1_index: usize) -> Result<bool, Error> {
+        let mapping = target.mapping;
+        let geometry = mapping.geometry;
+        let entry = mapping.l1_entry(l1_index);
+        if entry.table_offset().is_none() {
+            return Ok(false);
+        }
+        let start = mapping.table(l1_index, entry)?;
+        let len = to_usize(geometry.cluster_size());
+        let (read, table) = self
+            .storage
+            .read_buf(target.layer.file, start.get(), AlignedBuf::zeroed(len))
+            .await;
+        read.map_err(|error| Error::io(format!("cannot read the L2 table at {start}"), error))?;
+        let mut flagged = named_clusters(mapping, start, &table);
+        flagged.push((geometry.host_cluster(start).get(), entry.copied()));
+        let alone = self.are_alone(target, &mut flagged).await?;
+        let mut pairs = flagged.iter().zip(alone);
+        Ok(pairs.any(|((_, copied), alone)| *copied != alone))
+    }
+
+    /// Does the table name a cluster that has one reference?
+    async fn has_lone_cluster(
+        &self,
+        target: Target<'_>,
+        start: u64,
+        table: &[u8],
+    ) -> Result<bool, Error> {
+        let mut named = named_clusters(target.mapping, HostOffset::new(start), table);
+        let alone = self.are_alone(target, &mut named).await?;
+        Ok(alone.contains(&true))
+    }
+
+    /// Sorts clusters, and says of each whether it has one reference.
+    async fn are_alone(
+        &self,
+        target: Target<'_>,
+        clusters: &mut [(u64, bool)],
+    ) -> Result<Vec<bool>, Error> {
+        clusters.sort_unstable();
+        let clusters: Vec<u64> = clusters.iter().map(|(cluster, _)| *cluster).collect();
+        let allocator = &target.active.allocator;
+        allocator.have_one_reference(&self.storage, &clusters).await
+    }
+
+    /// Shares everything, so that all flags can be decided anew.
+    pub(super) async fn share_all(&self, target: Target<'_>) -> Result<(), Error> {
+        log::info!("copied flags disagree with refcounts: they are set anew");
+        let frozen = self.freeze(target, &[]).await;
+        self.end_grace(frozen.generation).await;
+        self.forget_flags(target, &frozen.l1);
+        // What was modified until now is written with its flags before those are cleared.
+        self.flush().await
     }
 
     /// Clears the copied flags of some shared tables, in the file. Returns the bytes that it moved,
@@ -79,7 +187,11 @@ impl<S: Storage> Worker<S> {
                 .await;
             let fault = |error| Error::io(format!("cannot mend the L2 table at {start:#x}"), error);
             read.map_err(fault)?;
-            if share_table(target, l1_index, HostOffset::new(start)) {
+            if mapping.version < 3 && self.has_lone_cluster(target, start, &table).await? {
+                // Nobody else has this table: its count is too high, and stays so.
+                self.copy_table(target, l1_index, HostOffset::new(start))
+                    .await?;
+            } else if share_table(target, l1_index, HostOffset::new(start)) {
                 for (host_offset, chunk) in cleared(start, &table) {
                     moved += to_u64(chunk.len());
                     let sg = SgList::from_buf(AlignedBuf::from_slice(&chunk));
@@ -125,4 +237,20 @@ impl<S: Storage> Worker<S> {
         tables.reverse();
         Ok(tables)
     }
+}
+
+/// The clusters that a table names and that may have the copied flag, each with its flag.
+fn named_clusters(mapping: &Mapping, table: HostOffset, bytes: &[u8]) -> Vec<(u64, bool)> {
+    let entries = bytes.chunks_exact(8);
+    entries
+        .filter_map(|chunk| {
+            let entry = L2Entry(chunk.try_into().map_or(0, u64::from_be_bytes));
+            match mapping.cluster(table, GuestOffset::new(0), entry) {
+                Ok(
+                    Cluster::Standard { host, copied } | Cluster::ZeroAllocated { host, copied },
+                ) => Some((mapping.geometry.host_cluster(host).get(), copied)),
+                _ => None,
+            }
+        })
+        .collect()
 }

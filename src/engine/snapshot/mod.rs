@@ -160,6 +160,8 @@ pub(crate) enum Task {
     },
     /// Find out anew which tables and clusters are ours alone: a freeze was called off.
     Reown,
+    /// Look whether copied flags agree with counts, and mend them if not: v2 has no dirty bit.
+    Look,
     /// Count everything anew, and find out what is ours alone: the image was not closed in order.
     Rebuild,
 }
@@ -262,7 +264,7 @@ impl Work {
         let (kind, root) = match &self.task {
             Task::Settle { root, .. } => (BackgroundKind::Settle, Some(root)),
             Task::Delete { root } => (BackgroundKind::Delete, Some(root)),
-            Task::Reown => (BackgroundKind::Reown, None),
+            Task::Reown | Task::Look => (BackgroundKind::Reown, None),
             Task::Rebuild => (BackgroundKind::Rebuild, None),
         };
         BackgroundStatus {
@@ -291,7 +293,8 @@ impl Image {
     pub fn background(&self) -> Vec<BackgroundStatus> {
         self.active.as_ref().map_or_else(Vec::new, |active| {
             let queue = lock(&active.snapshots.queue);
-            queue.items.iter().map(Work::status).collect()
+            let told = |work: &&Work| !matches!(work.task, Task::Look);
+            queue.items.iter().filter(told).map(Work::status).collect()
         })
     }
 

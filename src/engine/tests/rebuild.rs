@@ -614,6 +614,81 @@ fn a_rebuild_that_fails_begins_again() {
     }
 }
 
+/// What a cut in the middle of a snapshot leaves on v2: counts that are too high, flags that do not
+/// say so, and flags that are gone while the count is one.
+fn damage_v2(bytes: &mut [u8], random: &mut fastrand::Rng) {
+    let header = Header::decode(bytes).expect("a header");
+    let geometry = header.geometry();
+    for table in tables(bytes) {
+        for index in 0..geometry.l2_entries() {
+            let entry = L2Entry(word(bytes, table + index * 8));
+            if !entry.is_compressed() && entry.copied() && random.u8(..4) == 0 {
+                put(bytes, table + index * 8, entry.with_copied(false).0);
+            }
+        }
+    }
+    let clusters = to_u64(bytes.len()) / geometry.cluster_size();
+    for cluster in 0..clusters {
+        let block = cluster / geometry.refcount_block_entries();
+        let at = word(bytes, header.refcount_table_offset.get() + block * 8);
+        let index = to_usize(cluster % geometry.refcount_block_entries());
+        let block = &mut bytes[to_usize(at)..to_usize(at + geometry.cluster_size())];
+        let count = refcount::get(block, geometry.refcount_order(), index);
+        if count > 0 && random.u8(..4) == 0 {
+            refcount::set(block, geometry.refcount_order(), index, count + 1);
+        }
+    }
+}
+
+#[test]
+fn copied_flags_of_version_2_are_mended_after_a_cut() {
+    for (number, snapshot) in [(1, false), (2, true), (3, false), (4, true)] {
+        let recipe = Recipe {
+            version: 2,
+            fill: |cluster| {
+                if cluster % 4 == 3 {
+                    Fill::Compressed
+                } else {
+                    Fill::Data
+                }
+            },
+            snapshot,
+            ..Recipe::plain(9, 96 << 10)
+        };
+        let mut rig = Rig::new(recipe, number);
+        let mut random = fastrand::Rng::with_seed(number);
+        rig.open(&OpenOptions::default()).expect("opens");
+        let client = rig.worker();
+        rig.driver.spawn(chaos(client, random.fork(), 20, Mix::ALL));
+        rig.run().expect("no violation");
+        rig.close().expect("closes");
+        let mut bytes = rig.disk.contents(IMAGE);
+        damage_v2(&mut bytes, &mut random);
+        rig.disk.poke(IMAGE, 0, &bytes);
+        let flags_are_wrong = rig.check().expect("a report").corruptions > 0;
+        assert!(flags_are_wrong, "{number}");
+        rig.open(&OpenOptions::default()).expect("opens");
+        for _ in 0..2 {
+            let client = rig.worker();
+            rig.driver.spawn(chaos(client, random.fork(), 30, Mix::ALL));
+        }
+        let client = rig.worker();
+        rig.driver
+            .spawn(background(client, Rc::new(Cell::new(true))));
+        rig.run().expect("no violation");
+        rig.judge_mended(false)
+            .unwrap_or_else(|violation| panic!("{number}: {violation}"));
+        // Once it is right, a look changes nothing.
+        rig.disk.set_immediate(true);
+        let mended = rig.disk.contents(IMAGE);
+        rig.open(&OpenOptions::default()).expect("opens");
+        assert!(rig.image().background().is_empty());
+        rig.settle_down().expect("nothing to do");
+        rig.close().expect("closes");
+        assert_eq!(rig.disk.contents(IMAGE), mended, "{number}");
+    }
+}
+
 /// Its counts may be lost, too: nobody trusts what a device has left, and it cannot grow.
 #[test]
 fn a_device_is_repaired_before_it_is_served() {

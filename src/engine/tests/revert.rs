@@ -288,7 +288,7 @@ fn served(path: &Path, snapshot: Option<Selector>) -> Vec<u8> {
 }
 
 /// Snapshots `small` (4 MiB), `large` (6 MiB) and `state` (4 MiB and 2 MiB of VM state) of an image
-/// whose disk has 5 MiB now. Their contents as QEMU says, the last of the disk part.
+/// whose disk has 5 MiB now, and the contents of their disks.
 fn made_by_qemu(options: &str) -> (Files, Vec<(&'static str, Vec<u8>)>) {
     let files = Files {
         directory: tempfile::tempdir().expect("directory"),
@@ -310,17 +310,23 @@ fn made_by_qemu(options: &str) -> (Files, Vec<(&'static str, Vec<u8>)>) {
     let mut bytes = std::fs::read(files.path("i.qcow2")).expect("an image");
     make_vm_state(&mut bytes, 4 << 20, 2 << 20);
     std::fs::write(files.path("i.qcow2"), &bytes).expect("an image");
-    let contents = ["small", "large", "state"].map(|name| {
+    let mut disk = vec![0; 6 << 20];
+    disk[..3 << 20].fill(1);
+    let small = disk[..4 << 20].to_vec();
+    disk[1 << 20..].fill(2);
+    let large = disk.clone();
+    disk[..512 << 10].fill(3);
+    let state = disk[..4 << 20].to_vec();
+    let contents = vec![("small", small), ("large", large), ("state", state)];
+    for (name, content) in &contents {
         let raw = files.text("s.raw");
         qemu_img(&["convert", "-l", name, "-O", "raw", &image, &raw]);
-        let mut content = std::fs::read(&raw).expect("raw");
-        if name == "state" {
-            // QEMU takes its size from the image.
-            content.resize(4 << 20, 0);
-        }
-        (name, content)
-    });
-    (files, contents.to_vec())
+        // QEMU takes the size from the image.
+        let theirs = std::fs::read(&raw).expect("raw");
+        let common = theirs.len().min(content.len());
+        assert!(theirs[..common] == content[..common], "{options} {name}");
+    }
+    (files, contents)
 }
 
 /// Calls the end of the third snapshot's disk VM state.
