@@ -938,7 +938,7 @@ mod tests {
                 },
                 image: ImageConfig {
                     path: "f".into(),
-                    format: Format::Raw,
+                    format: Format::Qcow2,
                     read_only: true,
                     snapshot: Some("s1".into()),
                     cache: CacheMode::None,

@@ -168,9 +168,9 @@ impl Background {
         })
     }
 
-    /// Readable when there are news.
-    pub(super) fn descriptor(&self) -> RawFd {
-        self.wake.as_raw_fd()
+    /// Readable when there are news; `None` where there never are any.
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
+        self.settler.as_ref().map(|_| self.wake.as_raw_fd())
     }
 
     /// Takes what the settler has told: replies to send first, then events.

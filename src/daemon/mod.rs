@@ -272,9 +272,9 @@ impl MainLoop {
             (self.signals.as_raw_fd(), token::SIGNAL),
             (finished, token::FINISHED),
             (self.event_reader.as_raw_fd(), token::IMAGE_EVENT),
-            (background.descriptor(), token::SETTLER),
         ];
-        for (fd, token) in watched {
+        let news = background.descriptor().map(|fd| (fd, token::SETTLER));
+        for (fd, token) in watched.into_iter().chain(news) {
             let event = epoll::Event::new(Events::EPOLLIN, token);
             epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_ADD, fd, event)
                 .map_err(system("watch a descriptor"))?;

@@ -25,6 +25,7 @@ pub(crate) const INDIRECT: u16 = 4;
 /// virtio-blk request types.
 pub(crate) const IN: u32 = 0;
 pub(crate) const OUT: u32 = 1;
+const FLUSH_REQUEST: u32 = 4;
 /// virtio-blk status bytes.
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
@@ -232,6 +233,27 @@ impl Driver {
         flags: u16,
     ) -> Result<u8, Failure> {
         self.lay_out(kind, sector, length, flags)?;
+        self.submit(&[0])?;
+        self.wait()?;
+        self.get(STATUS)
+    }
+
+    /// Fills the data area with one byte.
+    pub(crate) fn memory_fill(&self, byte: u8) -> Result<(), Failure> {
+        let length = usize::try_from(MEMORY_BYTES - DATA)?;
+        Ok(self
+            .memory
+            .write_slice(&vec![byte; length], GuestAddress(DATA))?)
+    }
+
+    /// A flush, from submission to its status.
+    pub(crate) fn flush(&mut self) -> Result<u8, Failure> {
+        self.put(HEADER, FLUSH_REQUEST)?;
+        self.put(HEADER + 4, 0_u32)?;
+        self.put(HEADER + 8, 0_u64)?;
+        self.put(STATUS, UNWRITTEN)?;
+        self.descriptor(0, HEADER, 16, NEXT, 1)?;
+        self.descriptor(1, STATUS, 1, WRITE, 0)?;
         self.submit(&[0])?;
         self.wait()?;
         self.get(STATUS)
