@@ -25,6 +25,8 @@ mod hostile;
 #[cfg(test)]
 mod referee;
 #[cfg(test)]
+mod resources;
+#[cfg(test)]
 mod snapshot;
 #[cfg(test)]
 mod support;

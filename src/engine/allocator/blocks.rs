@@ -194,8 +194,11 @@ impl Blocks {
 
     /// No cluster of the block from `end` on is counted any more. False: it is not resident.
     pub(super) fn clear_counts(&mut self, block: u64, end: u64) -> bool {
-        self.change_counts(block, |cluster, count| if cluster < end { count } else { 0 })
-            .is_some()
+        self.change_counts(
+            block,
+            |cluster, count| if cluster < end { count } else { 0 },
+        )
+        .is_some()
     }
 
     /// The bytes of a resident block, for the background work.

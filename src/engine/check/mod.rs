@@ -19,8 +19,8 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
-pub use report::{Problem, Report, Severity};
 pub(super) use count::CLUSTERS_MAX;
+pub use report::{Problem, Report, Severity};
 pub(super) use survey::{Counted, Piecemeal};
 
 use super::source::{Layout, Source};

@@ -98,11 +98,7 @@ impl Snapshots {
     /// Says how far an item is; returns the bytes since the last time.
     fn set_progress(&self, number: u64, done: u64, total: u64) -> u64 {
         let mut queue = lock(&self.queue);
-        let Some(work) = queue
-            .items
-            .front_mut()
-            .filter(|work| work.number == number)
-        else {
+        let Some(work) = queue.items.front_mut().filter(|work| work.number == number) else {
             return 0;
         };
         let before = std::mem::replace(&mut work.done, done);
@@ -113,7 +109,8 @@ impl Snapshots {
 
     fn finish(&self, number: u64) -> Option<BackgroundStatus> {
         let mut queue = lock(&self.queue);
-        let mut work = queue.items.pop_front_if(|work| work.number == number)?;
+        queue.items.front().filter(|work| work.number == number)?;
+        let mut work = queue.items.pop_front()?;
         work.done = work.total;
         Some(work.status())
     }

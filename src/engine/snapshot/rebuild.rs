@@ -217,11 +217,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Rewrites some refcount blocks. False: there are no more.
-    async fn rebuild_blocks(
-        &self,
-        target: Target<'_>,
-        blocks: &mut Blocks,
-    ) -> Result<bool, Error> {
+    async fn rebuild_blocks(&self, target: Target<'_>, blocks: &mut Blocks) -> Result<bool, Error> {
         let allocator = &target.active.allocator;
         let geometry = target.mapping.geometry;
         let per_block = geometry.refcount_block_entries();
