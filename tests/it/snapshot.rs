@@ -4,7 +4,7 @@
 
 use crate::kit::chaos::{self, Initial};
 use crate::support::command::{Finished, LIMIT, run, run_command};
-use crate::support::driver::{DATA, Driver, IN, IOERR, OK, OUT, WRITE};
+use crate::support::driver::{DATA, Driver, FLUSH_REQUEST, IN, IOERR, OK, OUT, WRITE};
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
@@ -477,7 +477,9 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
     ensure(driver.request(OUT, 0, 4096, 0)? == OK, || {
         "a write failed".to_owned()
     })?;
-    ensure(driver.flush()? == OK, || "a flush failed".to_owned())?;
+    ensure(driver.request(FLUSH_REQUEST, 0, 512, 0)? == OK, || {
+        "a flush failed".to_owned()
+    })?;
     let kills: Vec<_> = signals
         .iter()
         .map(|signal| format!("kill -{signal} {}", server.id()))

@@ -247,19 +247,6 @@ impl Driver {
             .write_slice(&vec![byte; length], GuestAddress(DATA))?)
     }
 
-    /// A flush, from submission to its status.
-    pub(crate) fn flush(&mut self) -> Result<u8, Failure> {
-        self.put(HEADER, FLUSH_REQUEST)?;
-        self.put(HEADER + 4, 0_u32)?;
-        self.put(HEADER + 8, 0_u64)?;
-        self.put(STATUS, UNWRITTEN)?;
-        self.descriptor(0, HEADER, 16, NEXT, 1)?;
-        self.descriptor(1, STATUS, 1, WRITE, 0)?;
-        self.submit(&[0])?;
-        self.wait()?;
-        self.get(STATUS)
-    }
-
     pub(crate) fn used_index(&self) -> Result<u16, Failure> {
         self.get(USED + 2)
     }
