@@ -119,7 +119,7 @@ impl Handler for Report<'_> {
                 .map(|worker| &worker.operations[kind as usize]);
             operations(of_kind)
         };
-        let caches = self.chain.image.cache_stats();
+        let caches = self.server.cache_stats();
         DeviceStats {
             read: sum(OperationKind::Read),
             write: sum(OperationKind::Write),

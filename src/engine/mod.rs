@@ -128,7 +128,6 @@ pub struct Image {
     discard: bool,
     /// `cache=unsafe`: nothing is ever made durable on purpose.
     no_flush: bool,
-    counters: Mutex<Vec<Arc<CacheCounters>>>,
     /// What the snapshot table says, where nobody can change it.
     read_only_snapshots: Vec<SnapshotInfo>,
     event_sink: Mutex<Option<EventSink>>,
@@ -180,15 +179,6 @@ impl Image {
         }
     }
 
-    /// Cache counters of every worker there has been, in the order of their creation.
-    #[must_use]
-    pub fn cache_stats(&self) -> Vec<CacheStats> {
-        lock(&self.counters)
-            .iter()
-            .map(|counters| counters.stats())
-            .collect()
-    }
-
     /// Whom to tell about failures. The sink is called on the thread that met the failure.
     pub fn set_event_sink(&self, sink: impl Fn(ImageEvent) + Send + Sync + 'static) {
         *lock(&self.event_sink) = Some(Box::new(sink));
@@ -197,10 +187,6 @@ impl Image {
     /// A thread's access to the image. `storage` has the chain's files in the order of its layers.
     pub fn worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
         Worker::new(Arc::clone(self), storage)
-    }
-
-    fn add_counters(&self, counters: &Arc<CacheCounters>) {
-        lock(&self.counters).push(Arc::clone(counters));
     }
 
     #[inline]

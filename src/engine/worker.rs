@@ -61,8 +61,7 @@ enum Step {
 impl<S: Storage> Worker<S> {
     pub(super) fn new(image: Arc<Image>, storage: S) -> Rc<Self> {
         let counters = Arc::new(CacheCounters::default());
-        let directory = Directory::new(image.directory_slots, Arc::clone(&counters));
-        image.add_counters(&counters);
+        let directory = Directory::new(image.directory_slots, counters);
         Rc::new(Self {
             pins: PinTable::new(&image.board),
             directory: RefCell::new(directory),
@@ -83,6 +82,12 @@ impl<S: Storage> Worker<S> {
     #[must_use]
     pub fn storage(&self) -> &S {
         &self.storage
+    }
+
+    /// What counts this worker's lookups.
+    #[must_use]
+    pub fn cache_counters(&self) -> Arc<CacheCounters> {
+        Arc::clone(self.directory.borrow().counters())
     }
 
     /// Pins the present for a batch of requests. Call it *after* the avail index was read; the

@@ -412,6 +412,20 @@ impl Ring {
         core.in_flight[Sort::Fast as usize] + core.in_flight[Sort::Slow as usize]
     }
 
+    /// Forgets the files of the table, so that a new [`RingStorage`] can begin with other ones.
+    ///
+    /// # Panics
+    /// If an operation is queued or in flight: it may name a file by its place in the table.
+    pub fn forget_files(&self) {
+        assert_eq!(self.io_in_flight(), 0, "files are forgotten under I/O");
+        let mut core = self.inner.core.borrow_mut();
+        let fixed = core.files.iter().filter(|entry| entry.fixed.is_some());
+        let none = vec![-1; fixed.count() * 2];
+        // A place that stays in use keeps its file open until another takes it; nothing names it.
+        let _ = core.uring.submitter().register_files_update(0, &none);
+        core.files.clear();
+    }
+
     /// Adds a host file to the ring's table.
     fn add_file(&self, file: Arc<HostFile>) -> io::Result<FileId> {
         let mut core = self.inner.core.borrow_mut();

@@ -141,6 +141,12 @@ pub struct Directory {
 }
 
 impl Directory {
+    /// What counts its lookups.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<CacheCounters> {
+        &self.counters
+    }
+
     /// A directory of at least `slots` slots (rounded up to a power of two).
     #[must_use]
     pub fn new(slots: usize, counters: Arc<CacheCounters>) -> Self {
