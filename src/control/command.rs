@@ -18,8 +18,25 @@ pub trait Handler {
     /// Sums up the counters of all workers.
     fn device_stats(&mut self) -> DeviceStats;
 
+    /// Takes an external snapshot.
+    ///
+    /// # Errors
+    /// Why not, in a sentence.
+    fn external_snapshot(&mut self, request: &ExternalSnapshot) -> Result<(), String>;
+
     /// Asks for an orderly shutdown. The reply is already on its way to the client.
     fn quit(&mut self);
+}
+
+/// What `blockdev-snapshot-sync` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalSnapshot {
+    /// The overlay.
+    pub file: String,
+    /// Name of its node.
+    pub node_name: Option<String>,
+    /// The overlay is there already.
+    pub existing: bool,
 }
 
 /// What becomes of a command that was carried out.
@@ -41,6 +58,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-block", query_block),
     ("query-named-block-nodes", query_named_block_nodes),
     ("query-blockstats", query_blockstats),
+    ("blockdev-snapshot-sync", snapshot_sync),
     ("quit", quit),
 ];
 
@@ -188,6 +206,52 @@ fn query_blockstats(
     } else {
         info::device_stats_list(&device, &stats)
     }))
+}
+
+fn snapshot_sync(
+    mut arguments: Arguments,
+    handler: &mut dyn Handler,
+) -> Result<Outcome, CommandError> {
+    let mut text = |name| arguments.take(name, "string", |value| value.as_str().map(str::to_owned));
+    let (device, node) = (text("device")?, text("node-name")?);
+    let file = text("snapshot-file")?;
+    let node_name = text("snapshot-node-name")?;
+    let (format, mode) = (text("format")?, text("mode")?);
+    arguments.finish()?;
+    let info = handler.device_info();
+    let active = info.chain.first().map(|node| node.node_name.as_str());
+    let named = match (&device, &node) {
+        (Some(device), None) => *device == info.name || active == Some(device),
+        (None, Some(node)) => active == Some(node),
+        _ => return Err(CommandError::generic("give either 'device' or 'node-name'")),
+    };
+    if !named {
+        return Err(CommandError::generic("there is no such device"));
+    }
+    let Some(file) = file else {
+        return Err(CommandError::generic(
+            "Parameter 'snapshot-file' is missing",
+        ));
+    };
+    if format.is_some_and(|format| format != "qcow2") {
+        return Err(CommandError::generic(
+            "only the format 'qcow2' can have a backing file",
+        ));
+    }
+    let existing = match mode.as_deref() {
+        None | Some("absolute-paths") => false,
+        Some("existing") => true,
+        Some(_) => return Err(CommandError::generic("Parameter 'mode' is unknown")),
+    };
+    let request = ExternalSnapshot {
+        file,
+        node_name,
+        existing,
+    };
+    handler
+        .external_snapshot(&request)
+        .map_err(CommandError::generic)?;
+    Ok(Outcome::Return(json!({})))
 }
 
 fn quit(arguments: Arguments, _: &mut dyn Handler) -> Result<Outcome, CommandError> {

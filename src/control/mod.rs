@@ -19,7 +19,7 @@ mod session;
 mod tests;
 pub mod wire;
 
-pub use command::Handler;
+pub use command::{ExternalSnapshot, Handler};
 pub use error::{BindError, CommandError, ErrorClass};
 pub use event::{Event, IoErrorAction, IoOperation, ShutdownReason};
 pub use server::{CLIENT_COUNT_MAX, ControlServer};

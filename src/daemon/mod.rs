@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod external;
 mod report;
 mod socket;
 
@@ -28,7 +29,7 @@ use crate::config::{Endpoint, ServeConfig};
 use crate::control::{BindError, ControlServer, Event, ShutdownReason};
 use crate::device::{DeviceConfig, DeviceError, FrontEnd, Server};
 use crate::engine::{self, Image, ImageEvent};
-use crate::storage::{BlockingStorage, Ring, RingError, block_on};
+use crate::storage::{Ring, RingError};
 
 /// Tokens of the loop's descriptors; the control server uses everything from `CONTROL` on.
 mod token {
@@ -103,10 +104,11 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         path: config.image.path.display().to_string(),
         source,
     };
-    let chain = Chain::open(&config.image).map_err(image_error)?;
+    let mut chain = Chain::open(&config.image, &config.disk.id).map_err(image_error)?;
     // Until here a signal ends the process at once, which even a repair survives.
     let signals = signals()?;
-    let (events, event_reader) = image_events(&chain.image)?;
+    let (image_events, events, event_reader) = ImageEvents::new()?;
+    image_events.watch(&chain.image);
 
     let mut server = Server::start(
         Arc::clone(&chain.image),
@@ -141,11 +143,12 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     let mut main_loop = MainLoop {
         epoll,
         signals,
+        image_events,
         events,
         event_reader,
         stopping: false,
     };
-    let ended = main_loop.run(config, &chain, &server, control.as_mut());
+    let ended = main_loop.run(config, &mut chain, &server, control.as_mut());
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!("cannot tell the service manager that we stop: {error}");
     }
@@ -184,22 +187,39 @@ fn signals() -> Result<UnixStream, DaemonError> {
     Ok(reader)
 }
 
-/// A queue of image events, and a socket that becomes readable with each.
-fn image_events(
-    image: &Arc<Image>,
-) -> Result<(mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
-    let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
-    for end in [&reader, &writer] {
-        end.set_nonblocking(true)
-            .map_err(system("set up the event socket"))?;
+/// Where images put their events.
+struct ImageEvents {
+    sender: mpsc::Sender<ImageEvent>,
+    /// Written with each event.
+    bell: Arc<UnixStream>,
+}
+
+impl ImageEvents {
+    /// With the other ends: the queue, and a socket that becomes readable with each event.
+    fn new() -> Result<(Self, mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
+        let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
+        for end in [&reader, &writer] {
+            end.set_nonblocking(true)
+                .map_err(system("set up the event socket"))?;
+        }
+        let (sender, receiver) = mpsc::channel();
+        let events = Self {
+            sender,
+            bell: Arc::new(writer),
+        };
+        Ok((events, receiver, reader))
     }
-    let (sender, receiver) = mpsc::channel();
-    image.set_event_sink(move |event| {
-        // Whoever does not listen any more is on the way out.
-        let _ = sender.send(event);
-        let _ = io::Write::write(&mut &writer, &[0]);
-    });
-    Ok((receiver, reader))
+
+    /// Has an image put its events here.
+    fn watch(&self, image: &Image) {
+        let sender = self.sender.clone();
+        let bell = Arc::clone(&self.bell);
+        image.set_event_sink(move |event| {
+            // Whoever does not listen any more is on the way out.
+            let _ = sender.send(event);
+            let _ = io::Write::write(&mut &*bell, &[0]);
+        });
+    }
 }
 
 fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
@@ -224,6 +244,7 @@ fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>),
 struct MainLoop {
     epoll: RawFd,
     signals: UnixStream,
+    image_events: ImageEvents,
     events: mpsc::Receiver<ImageEvent>,
     event_reader: UnixStream,
     stopping: bool,
@@ -234,7 +255,7 @@ impl MainLoop {
     fn run(
         &mut self,
         config: &ServeConfig,
-        chain: &Chain,
+        chain: &mut Chain,
         server: &Server,
         mut control: Option<&mut ControlServer>,
     ) -> Result<(), DaemonError> {
@@ -271,7 +292,8 @@ impl MainLoop {
                         let Some(control) = control.as_deref_mut().filter(|c| c.owns(token)) else {
                             continue;
                         };
-                        let mut report = Report::new(config, chain, server);
+                        let events = &self.image_events;
+                        let mut report = Report::new(config, chain, server, events);
                         control.handle_ready(token, &mut report);
                         if report.quit {
                             self.stop(server, Some(control), ShutdownReason::HostQmpQuit);
@@ -334,10 +356,4 @@ impl MainLoop {
             control.emit(&report::event(&config.disk.id, event));
         }
     }
-}
-
-/// Runs the last act of an image on the calling thread.
-fn close(image: &Arc<Image>, storage: BlockingStorage) -> Result<(), engine::Error> {
-    let worker = image.worker(storage);
-    block_on(worker.close())
 }

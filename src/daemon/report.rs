@@ -5,14 +5,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::chain::{Chain, Node};
+use super::{ImageEvents, external};
 use crate::config::ServeConfig;
 use crate::control::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
-use crate::control::{Event, Handler, IoErrorAction, IoOperation};
+use crate::control::{Event, ExternalSnapshot, Handler, IoErrorAction, IoOperation};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
-use crate::engine::{ImageEvent, LayerFormat};
+use crate::engine::{Image, ImageEvent, LayerFormat};
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -25,31 +26,33 @@ const _: () = assert!(LAST_BOUNDARY_BIT < LATENCY_BUCKETS);
 /// Answers one round of commands.
 pub(super) struct Report<'a> {
     config: &'a ServeConfig,
-    chain: &'a Chain,
+    chain: &'a mut Chain,
     server: &'a Server,
+    events: &'a ImageEvents,
     /// A client asked to quit.
     pub(super) quit: bool,
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn new(config: &'a ServeConfig, chain: &'a Chain, server: &'a Server) -> Self {
+    pub(super) fn new(
+        config: &'a ServeConfig,
+        chain: &'a mut Chain,
+        server: &'a Server,
+        events: &'a ImageEvents,
+    ) -> Self {
         Self {
             config,
             chain,
             server,
+            events,
             quit: false,
         }
     }
 
     fn node(&self, index: usize, node: &Node, below: Option<&Node>) -> NodeInfo {
         let cache = self.config.image.cache;
-        let id = &self.config.disk.id;
         NodeInfo {
-            node_name: if index == 0 {
-                id.clone()
-            } else {
-                format!("{id}-backing{index}")
-            },
+            node_name: node.name.clone(),
             format: match node.layer.format {
                 LayerFormat::Qcow2 => "qcow2",
                 LayerFormat::Raw => "raw",
@@ -129,7 +132,6 @@ impl Handler for Report<'_> {
             idle_time_ns: None,
             workers: caches
                 .iter()
-                .take(workers.len())
                 .enumerate()
                 .map(|(worker, cache)| WorkerStats {
                     worker,
@@ -139,6 +141,24 @@ impl Handler for Report<'_> {
                 })
                 .collect(),
         }
+    }
+
+    fn external_snapshot(&mut self, request: &ExternalSnapshot) -> Result<(), String> {
+        let request = external::Request {
+            path: request.file.clone().into(),
+            node_name: request.node_name.clone(),
+            mode: if request.existing {
+                external::OverlayMode::Existing
+            } else {
+                external::OverlayMode::AbsolutePaths
+            },
+        };
+        let pauser = self.server.pauser();
+        let watch = |image: &Image| self.events.watch(image);
+        let config = &self.config.image;
+        *self.chain = external::take(self.chain, config, &pauser, &request, &watch)
+            .map_err(|error| error.chain())?;
+        Ok(())
     }
 
     fn quit(&mut self) {

@@ -43,9 +43,7 @@ use super::request::{
 };
 use super::stats::{OperationKind, Outcome, WorkerStats};
 use super::vring::RingSetup;
-use crate::engine::{
-    self, CacheCounters, CacheStats, Extent, ExtentList, Fast, Image, PinGuard,
-};
+use crate::engine::{self, CacheCounters, CacheStats, Extent, ExtentList, Fast, Image, PinGuard};
 use crate::storage::ring::Full;
 use crate::storage::{Direction, HostFile, Ring, RingStorage};
 use crate::units::GuestOffset;
@@ -250,10 +248,7 @@ pub(super) fn set_memory(workers: &[WorkerHandle], memory: Option<&Arc<SharedMem
 /// Stops all workers between two requests; returns how many rings run, when nothing is in flight
 /// on any of them. They still start and stop rings, and go over to other guest memory.
 pub(super) fn pause(workers: &[WorkerHandle]) -> usize {
-    ask_all(workers, Message::Pause)
-        .into_iter()
-        .flatten()
-        .sum()
+    ask_all(workers, Message::Pause).into_iter().flatten().sum()
 }
 
 /// Lets workers go on that are paused.
@@ -264,11 +259,7 @@ pub(super) fn resume(workers: &[WorkerHandle]) {
 }
 
 /// Gives all workers, which are paused, another image; returns when none uses the old one.
-pub(super) fn set_image(
-    workers: &[WorkerHandle],
-    image: &Arc<Image>,
-    files: &[Arc<HostFile>],
-) {
+pub(super) fn set_image(workers: &[WorkerHandle], image: &Arc<Image>, files: &[Arc<HostFile>]) {
     let message = |reply| Message::SetImage(Arc::clone(image), files.to_vec(), reply);
     ask_all(workers, message);
 }
