@@ -28,6 +28,9 @@ Examples:
     qblkd create disk.qcow2 20G
     qblkd info disk.qcow2
     qblkd check disk.qcow2
+  Take a snapshot while it is served, and see it:
+    qblkd snapshot create before-upgrade --control /run/disk-control.sock
+    qblkd snapshot list --control /run/disk-control.sock
 
 Exit status: 0 on success, 1 on errors. `qblkd check` has more, see its help."
 )]
@@ -52,6 +55,114 @@ pub enum Command {
     Info(InfoArgs),
     /// Check a qcow2 image for errors, and repair it if asked to
     Check(CheckArgs),
+    /// Take, list, delete and go back to internal snapshots, also while the image is served
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  qblkd snapshot create before-upgrade --control /run/disk-control.sock --wait
+  qblkd snapshot list --control /run/disk-control.sock
+  qblkd snapshot delete before-upgrade --blk-file disk.qcow2
+
+--control talks to the qblkd that serves the image; --blk-file opens an image that nobody uses."
+    )]
+    Snapshot(SnapshotCommand),
+}
+
+/// What to do with internal snapshots.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Take an internal snapshot of the disk as it is now
+    #[command(after_help = "\
+The snapshot is there, and durable, when the command returns. What is left is background work, which
+--wait waits for. On images of version 2 (compat 0.10) that work comes before the snapshot is there.
+
+Examples:
+  qblkd snapshot create before-upgrade --control /run/disk-control.sock
+  qblkd snapshot create before-upgrade --blk-file disk.qcow2")]
+    Create(SnapshotCreateArgs),
+    /// List the internal snapshots
+    #[command(after_help = "\
+Examples:
+  qblkd snapshot list --control /run/disk-control.sock
+  qblkd snapshot list --blk-file disk.qcow2 --json")]
+    List(SnapshotListArgs),
+    /// Delete an internal snapshot
+    #[command(after_help = "\
+Examples:
+  qblkd snapshot delete before-upgrade --control /run/disk-control.sock --wait
+  qblkd snapshot delete --id 3 --blk-file disk.qcow2")]
+    Delete(SnapshotDeleteArgs),
+}
+
+/// Where the snapshots are.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct SnapshotTargetArgs {
+    /// Control socket of the qblkd that serves the image
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// An image that nobody uses
+    #[arg(long, value_name = "FILE")]
+    pub blk_file: Option<PathBuf>,
+}
+
+/// Options of `qblkd snapshot create`.
+#[derive(Debug, Args)]
+pub struct SnapshotCreateArgs {
+    /// What the snapshot is to be called
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// Where the snapshots are.
+    #[command(flatten)]
+    pub target: SnapshotTargetArgs,
+
+    /// Wait until the background work is done (with --blk-file it always is)
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// Options of `qblkd snapshot list`.
+#[derive(Debug, Args)]
+pub struct SnapshotListArgs {
+    /// Where the snapshots are.
+    #[command(flatten)]
+    pub target: SnapshotTargetArgs,
+
+    /// Print JSON: a list in the form of `snapshots` of `qemu-img info --output=json`
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which snapshot is meant.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct SnapshotNameArgs {
+    /// Name of the snapshot; if none has this name, its id
+    #[arg(value_name = "SNAPSHOT")]
+    pub name: Option<String>,
+
+    /// Id of the snapshot
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+}
+
+/// Options of `qblkd snapshot delete`.
+#[derive(Debug, Args)]
+pub struct SnapshotDeleteArgs {
+    /// Which snapshot is meant.
+    #[command(flatten)]
+    pub which: SnapshotNameArgs,
+
+    /// Where the snapshots are.
+    #[command(flatten)]
+    pub target: SnapshotTargetArgs,
+
+    /// Wait until the space is given back (with --blk-file it always is)
+    #[arg(long)]
+    pub wait: bool,
 }
 
 /// Options of `qblkd serve`.

@@ -10,7 +10,8 @@ use std::path::PathBuf;
 
 use crate::args::{
     CacheArg, CheckArgs, Cli, Command, CompatArg, CreateArgs, DiscardArg, FormatArg, InfoArgs,
-    LockingArg, PreallocationArg, RepairArg, ServeArgs,
+    LockingArg, PreallocationArg, RepairArg, ServeArgs, SnapshotCommand, SnapshotNameArgs,
+    SnapshotTargetArgs,
 };
 
 /// What the process is to do.
@@ -26,6 +27,8 @@ pub enum Config {
     Info(InfoConfig),
     /// Check an image.
     Check(CheckConfig),
+    /// Work with internal snapshots.
+    Snapshot(SnapshotConfig),
 }
 
 /// Answer to `--print-capabilities`, in the form of QEMU's vhost-user back-end conventions.
@@ -263,6 +266,57 @@ pub enum Repair {
     All,
 }
 
+/// What `snapshot` does, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotConfig {
+    /// Where the snapshots are.
+    pub target: SnapshotTarget,
+    /// What to do.
+    pub action: SnapshotAction,
+}
+
+/// Where internal snapshots are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotTarget {
+    /// Behind the control socket of a server.
+    Control(PathBuf),
+    /// In an image that nobody uses.
+    File(PathBuf),
+}
+
+/// What to do with internal snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotAction {
+    /// Take one.
+    Create {
+        /// What it is called.
+        name: String,
+        /// Stay until the background work is done.
+        wait: bool,
+    },
+    /// Show them.
+    List {
+        /// As JSON.
+        json: bool,
+    },
+    /// Delete one.
+    Delete {
+        /// Which one.
+        which: SnapshotName,
+        /// Stay until the background work is done.
+        wait: bool,
+    },
+}
+
+/// Which internal snapshot is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotName {
+    /// The one of this id.
+    Id(String),
+    /// The one of this name; if there is none, the one of this id.
+    NameOrId(String),
+}
+
 /// Why a command line is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -291,6 +345,7 @@ impl TryFrom<Cli> for Config {
             Some(Command::Create(args)) => Ok(Self::Create(create(args)?)),
             Some(Command::Info(args)) => Ok(Self::Info(info(args))),
             Some(Command::Check(args)) => Ok(Self::Check(check(args))),
+            Some(Command::Snapshot(command)) => Ok(Self::Snapshot(snapshot(command)?)),
         }
     }
 }
@@ -569,6 +624,43 @@ fn check(args: CheckArgs) -> CheckConfig {
         },
         json: args.json,
         quiet: args.quiet,
+    }
+}
+
+fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
+    let (target, action) = match command {
+        SnapshotCommand::Create(args) => {
+            let (name, wait) = (args.name, args.wait);
+            (args.target, SnapshotAction::Create { name, wait })
+        }
+        SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
+        SnapshotCommand::Delete(args) => {
+            let (which, wait) = (snapshot_name(args.which)?, args.wait);
+            (args.target, SnapshotAction::Delete { which, wait })
+        }
+    };
+    let target = snapshot_target(target)?;
+    Ok(SnapshotConfig { target, action })
+}
+
+fn snapshot_target(args: SnapshotTargetArgs) -> Result<SnapshotTarget, ConfigError> {
+    match (args.control, args.blk_file) {
+        (Some(path), None) => Ok(SnapshotTarget::Control(path)),
+        (None, Some(path)) => Ok(SnapshotTarget::File(path)),
+        _ => Err(ConfigError::Usage(
+            "give --control PATH (the server's socket) or --blk-file FILE (an image that nobody \
+             uses)",
+        )),
+    }
+}
+
+fn snapshot_name(args: SnapshotNameArgs) -> Result<SnapshotName, ConfigError> {
+    match (args.name, args.id) {
+        (Some(name), None) => Ok(SnapshotName::NameOrId(name)),
+        (None, Some(id)) => Ok(SnapshotName::Id(id)),
+        _ => Err(ConfigError::Usage(
+            "say which snapshot is meant: its name, or --id ID",
+        )),
     }
 }
 

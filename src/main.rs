@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         Ok(Config::Create(config)) => tools::create(&config).into(),
         Ok(Config::Info(config)) => tools::info(&config).into(),
         Ok(Config::Check(config)) => tools::check(&config).into(),
+        Ok(Config::Snapshot(config)) => tools::snapshot(&config).into(),
         Err(error) => complain(&error),
     }
 }

@@ -15,6 +15,8 @@ pub enum ErrorClass {
     GenericError,
     /// The command does not exist, or not in the session's present mode.
     CommandNotFound,
+    /// There is no such job, or it is over.
+    DeviceNotActive,
 }
 
 /// Why a command was refused: the `error` member of a reply.
@@ -40,6 +42,14 @@ impl CommandError {
     pub fn not_found(desc: impl Into<String>) -> Self {
         Self {
             class: ErrorClass::CommandNotFound,
+            desc: desc.into(),
+        }
+    }
+
+    /// An error of class `DeviceNotActive`.
+    pub fn not_active(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::DeviceNotActive,
             desc: desc.into(),
         }
     }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::job::{JobKind, JobStatus};
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", content = "data")]
@@ -59,6 +61,42 @@ pub enum Event {
         /// Whether the image is marked corrupt and takes no more writes.
         fatal: bool,
     },
+    /// A job has come to another state.
+    #[serde(rename = "JOB_STATUS_CHANGE")]
+    JobStatusChange {
+        /// The job.
+        id: String,
+        /// Its state now.
+        status: JobStatus,
+    },
+    /// A job is over.
+    #[serde(rename = "BLOCK_JOB_COMPLETED")]
+    BlockJobCompleted {
+        /// What it does, in QEMU's words.
+        #[serde(rename = "type")]
+        kind: JobKind,
+        /// The job.
+        device: String,
+        /// All there was to do.
+        len: u64,
+        /// What was done.
+        offset: u64,
+        /// Its limit in bytes a second; 0 for none.
+        speed: u64,
+        /// Why it was given up, if it was.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// A job met an error on the host.
+    #[serde(rename = "BLOCK_JOB_ERROR")]
+    BlockJobError {
+        /// The job.
+        device: String,
+        /// What was tried.
+        operation: IoOperation,
+        /// What was done about it.
+        action: IoErrorAction,
+    },
 }
 
 /// Who asked for the shutdown.
@@ -89,6 +127,8 @@ pub enum IoErrorAction {
     Report,
     /// Nobody was told.
     Ignore,
+    /// The job pauses, and tries again.
+    Stop,
 }
 
 impl Event {

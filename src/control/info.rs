@@ -8,6 +8,8 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::engine::SnapshotInfo;
+
 /// The one device that is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -84,7 +86,7 @@ pub struct Qcow2Info {
     pub internal_snapshots: Vec<InternalSnapshotInfo>,
 }
 
-/// QEMU's `SnapshotInfo`.
+/// QEMU's `SnapshotInfo`, with what it lacks under `x-qblkd`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct InternalSnapshotInfo {
@@ -102,6 +104,42 @@ pub struct InternalSnapshotInfo {
     pub vm_clock_sec: u64,
     /// Nanoseconds part of that.
     pub vm_clock_nsec: u32,
+    /// Instruction count of a recorded guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
+    /// What QEMU does not tell.
+    #[serde(rename = "x-qblkd", skip_serializing_if = "Option::is_none")]
+    pub more: Option<MoreSnapshotInfo>,
+}
+
+/// What QEMU does not tell of an internal snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MoreSnapshotInfo {
+    /// Virtual size of the disk then, in bytes.
+    pub disk_size: u64,
+    /// Background work for it is not done yet.
+    pub unsettled: bool,
+}
+
+impl From<&SnapshotInfo> for InternalSnapshotInfo {
+    fn from(info: &SnapshotInfo) -> Self {
+        const SECOND: u64 = 1_000_000_000;
+        Self {
+            id: info.id.clone(),
+            name: info.name.clone(),
+            vm_state_size: info.vm_state_size,
+            date_sec: info.date_sec.into(),
+            date_nsec: info.date_nsec,
+            vm_clock_sec: info.vm_clock_nsec / SECOND,
+            vm_clock_nsec: u32::try_from(info.vm_clock_nsec % SECOND).unwrap_or(0),
+            icount: info.icount,
+            more: Some(MoreSnapshotInfo {
+                disk_size: info.disk_size,
+                unsettled: info.unsettled,
+            }),
+        }
+    }
 }
 
 /// Counters of one kind of request.

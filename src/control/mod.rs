@@ -13,13 +13,15 @@ mod command;
 mod error;
 mod event;
 pub mod info;
+pub mod job;
 mod server;
 mod session;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
-pub use command::{ExternalSnapshot, Handler};
+pub use command::{Handler, Order, Overlay, SnapshotAction, Ticket};
+pub(crate) use command::{no_snapshot, snapshot_exists};
 pub use error::{BindError, CommandError, ErrorClass};
 pub use event::{Event, IoErrorAction, IoOperation, ShutdownReason};
 pub use server::{CLIENT_COUNT_MAX, ControlServer};

@@ -23,10 +23,10 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
-use super::command::{self, Handler, Outcome};
+use super::command::{self, Handler, Outcome, Ticket};
 use super::error::{BindError, CommandError};
 use super::event::{Event, Throttle};
-use super::session::{Gone, Session};
+use super::session::{Gone, Session, Waiting};
 use super::wire::{self, Frame};
 
 /// The most clients served at once.
@@ -103,8 +103,28 @@ impl ControlServer {
         if token == self.listener_token {
             self.accept();
         } else {
-            self.with_session(token, |session| serve(session, handler));
+            self.with_session(token, |session| serve(session, token, handler));
         }
+    }
+
+    /// Sends the reply of a command that was carried out elsewhere, then goes on with what the client
+    /// has sent meanwhile. A client that is gone misses its reply, and nobody else anything.
+    pub fn answer(
+        &mut self,
+        ticket: Ticket,
+        result: &Result<Value, CommandError>,
+        handler: &mut dyn Handler,
+    ) {
+        self.with_session(ticket.client, |session| {
+            let Some(waiting) = session
+                .waiting
+                .take_if(|waiting| waiting.number == ticket.number)
+            else {
+                return Ok(());
+            };
+            reply(session, waiting.id.as_ref(), result)?;
+            serve(session, ticket.client, handler)
+        });
     }
 
     /// Sends `event` to every client that has finished its negotiation.
@@ -213,12 +233,16 @@ impl ControlServer {
 }
 
 /// Serves one session until it has no input, or has to wait for its client.
-fn serve(session: &mut Session, handler: &mut dyn Handler) -> Result<(), Gone> {
+fn serve(session: &mut Session, token: u64, handler: &mut dyn Handler) -> Result<(), Gone> {
+    // The loop is told of a hang-up without end, and nothing is read while a command is under way.
+    if session.waiting.is_some() && session.is_hung_up() {
+        return Err(Gone::Closed);
+    }
     session.flush()?;
     session.read()?;
     while let Some(frame) = session.next_frame() {
         match frame {
-            Frame::Message(message) => serve_message(session, &message, handler)?,
+            Frame::Message(message) => serve_message(session, token, &message, handler)?,
             Frame::Bad(error) => reply(session, None, &Err(error))?,
         }
     }
@@ -227,6 +251,7 @@ fn serve(session: &mut Session, handler: &mut dyn Handler) -> Result<(), Gone> {
 
 fn serve_message(
     session: &mut Session,
+    token: u64,
     message: &[u8],
     handler: &mut dyn Handler,
 ) -> Result<(), Gone> {
@@ -240,7 +265,15 @@ fn serve_message(
         session.negotiated = result.is_ok();
         return reply(session, id.as_ref(), &result.map(|()| json!({})));
     }
-    match command::execute(request, handler) {
+    let ticket = session.next_ticket(token);
+    match command::execute(request, ticket, handler) {
+        Ok(Outcome::Later) => {
+            session.waiting = Some(Waiting {
+                number: ticket.number,
+                id,
+            });
+            Ok(())
+        }
         Ok(Outcome::Return(value)) => reply(session, id.as_ref(), &Ok(value)),
         Ok(Outcome::Quit) => {
             info!("control: a client asks to quit");

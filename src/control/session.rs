@@ -3,14 +3,18 @@
 //! Invariants: at most [`READ_BYTES_MAX`] of input and one unfinished message are held; a client
 //! with more than [`OUTPUT_BUSY_BYTES`] unread is not served further commands until it reads (it
 //! waits, and nobody else); one with more than [`OUTPUT_BYTES_MAX`] unread, which only events can
-//! cause, is dropped.
+//! cause, is dropped. While a command is being carried out elsewhere no further one of the client is
+//! begun, so that its replies come in the order of its requests.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use epoll::Events;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::Value;
 
+use super::command::Ticket;
 use super::wire::{Frame, Framer};
 
 /// The most that is read from one client before the others have their turn.
@@ -34,6 +38,15 @@ pub(super) enum Gone {
     Io(#[source] io::Error),
 }
 
+/// A command whose reply is not known yet.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    /// Tells it from earlier ones of the same client.
+    pub(super) number: u64,
+    /// The `id` of its request.
+    pub(super) id: Option<Value>,
+}
+
 /// A connected client.
 #[derive(Debug)]
 pub(super) struct Session {
@@ -49,6 +62,9 @@ pub(super) struct Session {
     input_ended: bool,
     /// `qmp_capabilities` has been carried out.
     pub(super) negotiated: bool,
+    /// The command that is being carried out elsewhere.
+    pub(super) waiting: Option<Waiting>,
+    command_count: u64,
     /// What the epoll set has been told to wait for.
     pub(super) interest: Events,
 }
@@ -65,6 +81,8 @@ impl Session {
             output_start: 0,
             input_ended: false,
             negotiated: false,
+            waiting: None,
+            command_count: 0,
             interest: Events::empty(),
         }
     }
@@ -73,8 +91,17 @@ impl Session {
         self.output.len() - self.output_start
     }
 
+    /// No further command is begun now.
     fn is_busy(&self) -> bool {
-        self.output_pending_bytes() >= OUTPUT_BUSY_BYTES
+        self.waiting.is_some() || self.output_pending_bytes() >= OUTPUT_BUSY_BYTES
+    }
+
+    /// Whether the client has closed its end altogether. A client that only sends no more still
+    /// reads its replies.
+    pub(super) fn is_hung_up(&self) -> bool {
+        let mut polled = [PollFd::new(&self.stream, PollFlags::empty())];
+        let now = Timespec::default();
+        rustix::event::poll(&mut polled, Some(&now)).is_ok_and(|count| count > 0)
     }
 
     /// The next message of the input at hand; `None` if there is none, or the client has to read
@@ -91,6 +118,15 @@ impl Session {
             self.input_start = 0;
         }
         frame
+    }
+
+    /// What the next command is known by until it has its reply; `client` is the session's token.
+    pub(super) fn next_ticket(&mut self, client: u64) -> Ticket {
+        self.command_count += 1;
+        Ticket {
+            client,
+            number: self.command_count,
+        }
     }
 
     /// Whether there is input at hand that has not been served.
@@ -147,7 +183,8 @@ impl Session {
 
     /// Whether the session is over: the client sends no more and has all its replies.
     pub(super) fn is_finished(&self) -> bool {
-        self.input_ended && !self.has_input() && self.output_pending_bytes() == 0
+        let served = !self.has_input() && self.waiting.is_none();
+        self.input_ended && served && self.output_pending_bytes() == 0
     }
 
     /// What the session now waits for.
@@ -155,9 +192,10 @@ impl Session {
         let mut events = Events::empty();
         events.set(Events::EPOLLIN, !self.input_ended && !self.is_busy());
         // Input at hand was held back while the client was busy; nothing else would wake it up.
+        let held_back = self.has_input() && self.waiting.is_none();
         events.set(
             Events::EPOLLOUT,
-            self.output_pending_bytes() > 0 || self.has_input(),
+            self.output_pending_bytes() > 0 || held_back,
         );
         events
     }

@@ -16,8 +16,8 @@ use super::info::{
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
 use super::{
-    BindError, CLIENT_COUNT_MAX, ControlServer, Event, ExternalSnapshot, Handler, IoErrorAction,
-    IoOperation, ShutdownReason,
+    BindError, CLIENT_COUNT_MAX, ControlServer, Event, Handler, IoErrorAction, IoOperation,
+    ShutdownReason,
 };
 
 const TOKEN_BASE: u64 = 100;
@@ -110,10 +110,6 @@ impl Handler for Daemon {
             }],
             ..DeviceStats::default()
         }
-    }
-
-    fn external_snapshot(&mut self, _: &ExternalSnapshot) -> Result<(), String> {
-        Ok(())
     }
 
     fn quit(&mut self) {

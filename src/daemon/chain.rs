@@ -10,6 +10,7 @@ use crate::storage::lock::{ImageLock, LOCK_PATIENCE, LockKind, Locking};
 use crate::storage::{BlockingStorage, FileId, HostFile, block_on};
 
 /// A file of the chain and what it said about itself when it was opened.
+#[derive(Debug)]
 pub(super) struct Node {
     /// Its name on the control socket; stays the same while it is part of the chain.
     pub(super) name: String,
@@ -21,6 +22,7 @@ pub(super) struct Node {
 }
 
 /// An open virtual disk with everything that it holds on the host.
+#[derive(Debug)]
 pub(super) struct Chain {
     pub(super) image: Arc<Image>,
     /// Active layer first.

@@ -30,6 +30,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat, statat, unlinkat};
 
 use super::chain::{self, Chain, Node};
 use crate::config::ImageConfig;
+use crate::control;
 use crate::device::Pauser;
 use crate::engine::chain::{
     ChainOptions, OpenLayer, backing_name, fd_path, given_folder, open_chain, protocol,
@@ -49,26 +50,6 @@ const FLUSHES_BEFORE_MAX: u32 = 8;
 /// A flush as short as this leaves next to nothing for the one in the pause.
 const SHORT_FLUSH: Duration = Duration::from_millis(3);
 
-/// Where the overlay comes from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) enum OverlayMode {
-    /// It is made.
-    #[default]
-    AbsolutePaths,
-    /// It is there, and names the image as its backing file.
-    Existing,
-}
-
-/// What is asked for.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Request {
-    /// The overlay; relative to the working directory of this process.
-    pub(super) path: PathBuf,
-    /// Name of its node; `None`: one is made up.
-    pub(super) node_name: Option<String>,
-    pub(super) mode: OverlayMode,
-}
-
 /// Takes an external snapshot of `old`, which the device of `pauser` serves. Returns the chain that
 /// is served from now on; `old` is given back by dropping it. `watch` gets the new image before
 /// anything happens to it. Blocks: not for the main thread.
@@ -80,12 +61,12 @@ pub(super) fn take(
     old: &Chain,
     config: &ImageConfig,
     pauser: &Pauser,
-    request: &Request,
+    asked: &control::Overlay,
     watch: &dyn Fn(&Image),
 ) -> Result<Chain, Error> {
     check_state(&old.image)?;
-    let name = node_name(old, request.node_name.as_deref())?;
-    let mut overlay = Overlay::prepare(old, config, request)?;
+    let name = node_name(old, asked.node_name.as_deref())?;
+    let mut overlay = Overlay::prepare(old, config, asked)?;
 
     let old_worker = old.image.worker(BlockingStorage::new(old.files()));
     for _ in 0..FLUSHES_BEFORE_MAX {
@@ -127,7 +108,7 @@ pub(super) fn take(
     let nodes = nodes(old, config, overlay, name);
     log::info!(
         "external snapshot '{}': requests waited for {} us (drain {}, flush {}, open and hand over {})",
-        request.path.display(),
+        asked.file.display(),
         stood_still.as_micros(),
         drained.as_micros(),
         (flushed - drained).as_micros(),
@@ -207,8 +188,8 @@ struct Overlay {
 }
 
 impl Overlay {
-    fn prepare(old: &Chain, config: &ImageConfig, request: &Request) -> Result<Self, Error> {
-        let path = &request.path;
+    fn prepare(old: &Chain, config: &ImageConfig, asked: &control::Overlay) -> Result<Self, Error> {
+        let path = &asked.file;
         if let Some(protocol) = protocol(path.as_os_str().as_bytes()) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -220,12 +201,11 @@ impl Overlay {
             ));
         }
         let allowed = allowed_folders(old, config)?;
-        let made = match request.mode {
-            OverlayMode::AbsolutePaths => Some(make(old, path, &allowed)?),
-            OverlayMode::Existing => {
-                look_at(old, path, &allowed)?;
-                None
-            }
+        let made = if asked.existing {
+            look_at(old, path, &allowed)?;
+            None
+        } else {
+            Some(make(old, path, &allowed)?)
         };
         let overlay = Self::open(old, config, path, made)?;
         overlay.check(old, path, &allowed)?;

@@ -1,14 +1,17 @@
 //! The life cycle of the process that serves: open, lock, serve, drain, close.
 //!
-//! The main thread runs one `epoll` loop over signals, the control socket, events of the image and
-//! the end of serving. It never does guest I/O. Everything is given back in the opposite order of
-//! its making: front-end, workers, image, locks, sockets.
+//! The main thread runs one `epoll` loop over signals, the control socket, events of the image, news
+//! of the settler and the end of serving. It never does guest I/O. Everything is given back in the
+//! opposite order of its making: front-end, workers, settler, image, locks, sockets.
 
 #![forbid(unsafe_code)]
 
 mod chain;
 mod external;
+mod jobs;
+mod pace;
 mod report;
+mod settler;
 mod socket;
 
 use std::io::{self, Read};
@@ -18,12 +21,14 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use epoll::{ControlOptions, Events};
-use log::{info, warn};
+use log::{error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 
 use self::chain::Chain;
+use self::jobs::Background;
 use self::report::Report;
+use self::settler::Service;
 use self::socket::ListeningSocket;
 use crate::config::{Endpoint, ServeConfig};
 use crate::control::{BindError, ControlServer, Event, ShutdownReason};
@@ -36,6 +41,7 @@ mod token {
     pub(super) const SIGNAL: u64 = 0;
     pub(super) const FINISHED: u64 = 1;
     pub(super) const IMAGE_EVENT: u64 = 2;
+    pub(super) const SETTLER: u64 = 3;
     pub(super) const CONTROL: u64 = 16;
 }
 
@@ -104,7 +110,7 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         path: config.image.path.display().to_string(),
         source,
     };
-    let mut chain = Chain::open(&config.image, &config.disk.id).map_err(image_error)?;
+    let chain = Chain::open(&config.image, &config.disk.id).map_err(image_error)?;
     // Until here a signal ends the process at once, which even a repair survives.
     let signals = signals()?;
     let (image_events, events, event_reader) = ImageEvents::new()?;
@@ -125,6 +131,17 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     )
     .map_err(DaemonError::Device)?;
 
+    let mut background = Background::start(
+        &config.disk.id,
+        Service {
+            chain: Arc::new(chain),
+            config: config.image.clone(),
+            pauser: server.pauser(),
+            watch: Box::new(move |image| image_events.watch(image)),
+        },
+        &server,
+    )?;
+
     let epoll = epoll::create(true).map_err(system("make an epoll set"))?;
     let mut control = match &config.control {
         Some(path) => {
@@ -143,12 +160,15 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     let mut main_loop = MainLoop {
         epoll,
         signals,
-        image_events,
         events,
         event_reader,
         stopping: false,
     };
-    let ended = main_loop.run(config, &mut chain, &server, control.as_mut());
+    let served = Served {
+        config,
+        server: &server,
+    };
+    let ended = main_loop.run(&served, &mut background, control.as_mut());
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!("cannot tell the service manager that we stop: {error}");
     }
@@ -156,13 +176,19 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     if let Err(error) = ended {
         // In-flight requests are abandoned with the process: nothing waits for them.
         std::mem::forget(server);
-        std::mem::forget(chain);
+        std::mem::forget(background);
         return Err(error);
     }
     let joined = server.join().map_err(DaemonError::Device);
+    let chain = Arc::clone(background.chain());
+    let image_error = |source| DaemonError::Image {
+        path: chain.nodes[0].layer.path.display().to_string(),
+        source,
+    };
+    let settled = background.join().map_err(image_error);
     let closed = chain.close().map_err(image_error);
     drop(control);
-    joined.and(closed)
+    joined.and(settled).and(closed)
 }
 
 fn threads(config: &ServeConfig) -> usize {
@@ -241,36 +267,43 @@ fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>),
     }
 }
 
+/// What is served.
+struct Served<'a> {
+    config: &'a ServeConfig,
+    server: &'a Server,
+}
+
 struct MainLoop {
     epoll: RawFd,
     signals: UnixStream,
-    image_events: ImageEvents,
     events: mpsc::Receiver<ImageEvent>,
     event_reader: UnixStream,
     stopping: bool,
 }
 
 impl MainLoop {
-    /// Returns when serving has ended.
+    /// Returns when serving has ended and no background work is left.
     fn run(
         &mut self,
-        config: &ServeConfig,
-        chain: &mut Chain,
-        server: &Server,
+        served: &Served<'_>,
+        background: &mut Background,
         mut control: Option<&mut ControlServer>,
     ) -> Result<(), DaemonError> {
+        let finished = served.server.finished().as_raw_fd();
         let watched = [
             (self.signals.as_raw_fd(), token::SIGNAL),
-            (server.finished().as_raw_fd(), token::FINISHED),
+            (finished, token::FINISHED),
             (self.event_reader.as_raw_fd(), token::IMAGE_EVENT),
+            (background.descriptor(), token::SETTLER),
         ];
         for (fd, token) in watched {
             let event = epoll::Event::new(Events::EPOLLIN, token);
             epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_ADD, fd, event)
                 .map_err(system("watch a descriptor"))?;
         }
+        let mut serving = true;
         let mut ready = [epoll::Event::new(Events::empty(), 0); 16];
-        loop {
+        while serving || !background.has_ended() {
             let count = match epoll::wait(self.epoll, -1, &mut ready) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -282,31 +315,82 @@ impl MainLoop {
                 }
             };
             for event in &ready[..count] {
+                let control = control.as_deref_mut();
                 match event.data {
-                    token::FINISHED => return Ok(()),
-                    token::SIGNAL => {
-                        self.on_signal(server, control.as_deref_mut())?;
+                    token::FINISHED if serving => {
+                        serving = false;
+                        // It stays readable.
+                        let event = epoll::Event::new(Events::empty(), 0);
+                        epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_DEL, finished, event)
+                            .map_err(system("leave a descriptor"))?;
+                        background.finish();
                     }
-                    token::IMAGE_EVENT => self.on_image_event(config, control.as_deref_mut()),
+                    token::SIGNAL => self.on_signal(served, background, control)?,
+                    token::IMAGE_EVENT => self.on_image_event(served.config, control),
+                    token::SETTLER => self.on_news(served, background, control),
                     token => {
-                        let Some(control) = control.as_deref_mut().filter(|c| c.owns(token)) else {
-                            continue;
-                        };
-                        let events = &self.image_events;
-                        let mut report = Report::new(config, chain, server, events);
-                        control.handle_ready(token, &mut report);
-                        if report.quit {
-                            self.stop(server, Some(control), ShutdownReason::HostQmpQuit);
+                        if let Some(control) = control.filter(|control| control.owns(token)) {
+                            self.converse(served, background, control, |control, handler| {
+                                control.handle_ready(token, handler);
+                            });
                         }
                     }
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Lets clients ask what they want, and does what they have asked for.
+    fn converse(
+        &mut self,
+        served: &Served<'_>,
+        background: &mut Background,
+        control: &mut ControlServer,
+        talk: impl FnOnce(&mut ControlServer, &mut Report<'_>),
+    ) {
+        let mut report = Report::new(served.config, served.server, background);
+        talk(control, &mut report);
+        let quit = report.quit;
+        for event in background.take_events() {
+            control.emit(&event);
+        }
+        if quit {
+            let reason = ShutdownReason::HostQmpQuit;
+            self.stop(served, background, Some(control), reason);
+        }
+    }
+
+    /// Passes on what the settler has told.
+    fn on_news(
+        &mut self,
+        served: &Served<'_>,
+        background: &mut Background,
+        control: Option<&mut ControlServer>,
+    ) {
+        let (replies, events) = background.take_news();
+        if background.has_ended() && !background.is_finishing() {
+            error!("the settler has ended by itself: stopping");
+            self.stopping = true;
+            background.finish();
+            served.server.stop();
+        }
+        let Some(control) = control else { return };
+        // The replies first: who has waited for a snapshot knows of it before its job is told.
+        self.converse(served, background, control, |control, handler| {
+            for (ticket, result) in replies {
+                control.answer(ticket, &result, handler);
+            }
+        });
+        for event in &events {
+            control.emit(event);
+        }
     }
 
     fn on_signal(
         &mut self,
-        server: &Server,
+        served: &Served<'_>,
+        background: &mut Background,
         control: Option<&mut ControlServer>,
     ) -> Result<(), DaemonError> {
         let mut bytes = [0; 16];
@@ -323,14 +407,15 @@ impl MainLoop {
         if self.stopping || count > 1 {
             return Err(DaemonError::Interrupted);
         }
-        info!("stopping: requests in flight finish, then the image is closed");
-        self.stop(server, control, ShutdownReason::HostSignal);
+        info!("stopping: requests in flight and background work finish, then the image is closed");
+        self.stop(served, background, control, ShutdownReason::HostSignal);
         Ok(())
     }
 
     fn stop(
         &mut self,
-        server: &Server,
+        served: &Served<'_>,
+        background: &mut Background,
         control: Option<&mut ControlServer>,
         reason: ShutdownReason,
     ) {
@@ -344,7 +429,9 @@ impl MainLoop {
                 reason,
             });
         }
-        server.stop();
+        // What is left of the background work is done while requests finish.
+        background.finish();
+        served.server.stop();
     }
 
     fn on_image_event(&mut self, config: &ServeConfig, control: Option<&mut ControlServer>) {

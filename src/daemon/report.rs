@@ -4,16 +4,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::chain::{Chain, Node};
-use super::{ImageEvents, external};
+use super::chain::Node;
+use super::jobs::Background;
 use crate::config::ServeConfig;
 use crate::control::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
-use crate::control::{Event, ExternalSnapshot, Handler, IoErrorAction, IoOperation};
+use crate::control::job::JobInfo;
+use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
-use crate::engine::{Image, ImageEvent, LayerFormat};
+use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo};
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -26,9 +27,8 @@ const _: () = assert!(LAST_BOUNDARY_BIT < LATENCY_BUCKETS);
 /// Answers one round of commands.
 pub(super) struct Report<'a> {
     config: &'a ServeConfig,
-    chain: &'a mut Chain,
     server: &'a Server,
-    events: &'a ImageEvents,
+    background: &'a mut Background,
     /// A client asked to quit.
     pub(super) quit: bool,
 }
@@ -36,15 +36,13 @@ pub(super) struct Report<'a> {
 impl<'a> Report<'a> {
     pub(super) fn new(
         config: &'a ServeConfig,
-        chain: &'a mut Chain,
         server: &'a Server,
-        events: &'a ImageEvents,
+        background: &'a mut Background,
     ) -> Self {
         Self {
             config,
-            chain,
             server,
-            events,
+            background,
             quit: false,
         }
     }
@@ -89,12 +87,20 @@ impl<'a> Report<'a> {
                 refcount_bits: info.header.geometry().refcount_bits(),
                 lazy_refcounts: info.header.has_lazy_refcounts(),
                 dirty: info.header.is_dirty(),
-                corrupt: info.header.is_corrupt() || (index == 0 && self.chain.is_corrupt()),
+                corrupt: info.header.is_corrupt()
+                    || (index == 0 && self.background.chain().is_corrupt()),
                 compression_type: match info.header.compression_type {
                     CompressionType::Zlib => "zlib",
                     CompressionType::Zstd => "zstd",
                 },
-                internal_snapshots: info.snapshots.iter().map(snapshot).collect(),
+                internal_snapshots: if index == 0 {
+                    let snapshots = self.background.snapshots();
+                    snapshots.iter().map(InternalSnapshotInfo::from).collect()
+                } else {
+                    let size = info.header.size;
+                    let snapshots = info.snapshots.iter();
+                    snapshots.map(|entry| snapshot(entry, size)).collect()
+                },
             }),
         }
     }
@@ -102,7 +108,7 @@ impl<'a> Report<'a> {
 
 impl Handler for Report<'_> {
     fn device_info(&mut self) -> DeviceInfo {
-        let nodes = &self.chain.nodes;
+        let nodes = &self.background.chain().nodes;
         let chain = nodes
             .iter()
             .enumerate()
@@ -128,7 +134,7 @@ impl Handler for Report<'_> {
             write: sum(OperationKind::Write),
             flush: sum(OperationKind::Flush),
             unmap: sum(OperationKind::Unmap),
-            write_highest_offset: self.chain.file_len(),
+            write_highest_offset: self.background.chain().file_len(),
             idle_time_ns: None,
             workers: caches
                 .iter()
@@ -143,22 +149,20 @@ impl Handler for Report<'_> {
         }
     }
 
-    fn external_snapshot(&mut self, request: &ExternalSnapshot) -> Result<(), String> {
-        let request = external::Request {
-            path: request.file.clone().into(),
-            node_name: request.node_name.clone(),
-            mode: if request.existing {
-                external::OverlayMode::Existing
-            } else {
-                external::OverlayMode::AbsolutePaths
-            },
-        };
-        let pauser = self.server.pauser();
-        let watch = |image: &Image| self.events.watch(image);
-        let config = &self.config.image;
-        *self.chain = external::take(self.chain, config, &pauser, &request, &watch)
-            .map_err(|error| error.chain())?;
-        Ok(())
+    fn jobs(&mut self) -> Vec<JobInfo> {
+        self.background.jobs()
+    }
+
+    fn set_job_speed(&mut self, id: &str, speed: u64) {
+        self.background.set_speed(id, speed);
+    }
+
+    fn dismiss_job(&mut self, id: &str) {
+        self.background.dismiss(id);
+    }
+
+    fn order(&mut self, ticket: Ticket, order: Order) -> Result<(), CommandError> {
+        self.background.order(ticket, order)
     }
 
     fn quit(&mut self) {
@@ -174,17 +178,19 @@ fn bytes(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
 
-fn snapshot(entry: &SnapshotEntry) -> InternalSnapshotInfo {
-    const SECOND: u64 = 1_000_000_000;
-    InternalSnapshotInfo {
+/// A snapshot of a backing file, which nobody changes.
+fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
+    InternalSnapshotInfo::from(&SnapshotInfo {
         id: bytes(&entry.id),
         name: bytes(&entry.name),
-        vm_state_size: entry.vm_state_size(),
-        date_sec: entry.date_sec.into(),
+        date_sec: entry.date_sec,
         date_nsec: entry.date_nsec,
-        vm_clock_sec: entry.vm_clock_nsec / SECOND,
-        vm_clock_nsec: u32::try_from(entry.vm_clock_nsec % SECOND).unwrap_or(0),
-    }
+        vm_clock_nsec: entry.vm_clock_nsec,
+        vm_state_size: entry.vm_state_size(),
+        disk_size: entry.disk_size().unwrap_or(disk_size),
+        icount: entry.icount(),
+        unsettled: false,
+    })
 }
 
 fn operations<'a>(snapshots: impl Iterator<Item = &'a OperationSnapshot>) -> OperationStats {

@@ -334,6 +334,15 @@ impl Server {
         }
     }
 
+    /// A way to read the counters of each worker from any thread, also after the server has ended.
+    pub fn stats_reader(&self) -> impl Fn() -> Vec<WorkerSnapshot> + Send + use<> {
+        let workers = Arc::clone(&self.workers);
+        move || {
+            let stats = workers.iter().map(|worker| worker.stats().snapshot());
+            stats.collect()
+        }
+    }
+
     /// Ends serving and the workers, and waits for them. Nothing is in flight afterwards.
     ///
     /// # Errors

@@ -402,18 +402,6 @@ struct Place {
     stopping: Option<SyncSender<u16>>,
 }
 
-/// A worker of the engine on this thread's ring.
-fn engine_worker(
-    ring: &Ring,
-    parts: &WorkerParts,
-    shared: &Shared,
-) -> io::Result<Rc<engine::Worker<RingStorage>>> {
-    let storage = RingStorage::new(ring.clone(), parts.files.clone())?;
-    let engine = parts.image.worker(storage);
-    shared.lock_counters().push(engine.cache_counters());
-    Ok(engine)
-}
-
 struct Worker {
     // First, so that it is dropped first: it drains, and the kernel is done with the slots' memory.
     ring: Ring,
@@ -449,10 +437,10 @@ struct Worker {
 
 impl Worker {
     fn new(ring: Ring, parts: WorkerParts, shared: Arc<Shared>) -> io::Result<Self> {
-        let engine = engine_worker(&ring, &parts, &shared)?;
+        let storage = RingStorage::new(ring.clone(), parts.files.clone())?;
         let now = Instant::now();
-        Ok(Self {
-            engine,
+        let worker = Self {
+            engine: parts.image.worker(storage),
             executor: Executor::new(Arc::clone(&shared.doorbell)),
             limits: Limits {
                 sector_count: parts.image.virtual_size() / SECTOR_SIZE,
@@ -480,7 +468,9 @@ impl Worker {
             parts,
             ring,
             shared,
-        })
+        };
+        worker.count_lookups();
+        Ok(worker)
     }
 
     fn run(mut self) {
@@ -534,16 +524,8 @@ impl Worker {
                     self.pausing = Some(reply);
                 }
                 Message::SetImage(image, files, reply) => {
-                    match self.set_image(image, files) {
-                        Ok(()) => {
-                            let _ = reply.send(());
-                        }
-                        // More files than ids, which the sender has counted.
-                        Err(error) => {
-                            error!("a worker ends: it cannot take another image: {error}");
-                            self.exiting = true;
-                        }
-                    }
+                    self.set_image(image, files);
+                    let _ = reply.send(());
                 }
                 Message::Resume => self.paused = false,
                 Message::Exit => self.exiting = true,
@@ -553,16 +535,22 @@ impl Worker {
     }
 
     /// Goes over to another image. The worker is paused and nothing is in flight.
-    fn set_image(&mut self, image: Arc<Image>, files: Vec<Arc<HostFile>>) -> io::Result<()> {
+    fn set_image(&mut self, image: Arc<Image>, files: Vec<Arc<HostFile>>) {
         assert!(
             self.paused && self.is_idle(),
             "the image is changed under requests"
         );
-        self.ring.forget_files();
+        let storage = RingStorage::replace(self.ring.clone(), files.clone());
+        self.engine = image.worker(storage);
         self.parts.image = image;
         self.parts.files = files;
-        self.engine = engine_worker(&self.ring, &self.parts, &self.shared)?;
-        Ok(())
+        self.count_lookups();
+    }
+
+    /// Adds the lookups of the present image to those that are shown.
+    fn count_lookups(&self) {
+        let counters = self.engine.cache_counters();
+        self.shared.lock_counters().push(counters);
     }
 
     /// No request has a slot.

@@ -31,6 +31,9 @@ pub(crate) struct Dropped {
 pub(crate) struct Drops {
     /// Taken away after the next flush.
     now: Vec<Dropped>,
+    /// What no frozen tree keeps any more. The background work takes it away, bit by bit: there may
+    /// be as much of it as the image is large, and no guest's flush must wait for that.
+    settled: Vec<Dropped>,
     /// Oldest first.
     unsettled: VecDeque<Unsettled>,
 }
@@ -59,7 +62,7 @@ impl Drops {
     }
 
     /// The references of this tree are counted, or will never be: what was dropped since goes with
-    /// the next older tree, or now.
+    /// the next older tree, or to [`Self::take_settled`].
     pub(crate) fn settle(&mut self, key: u64) {
         let Some(index) = self.unsettled.iter().position(|tree| tree.key == key) else {
             return;
@@ -69,7 +72,7 @@ impl Drops {
         };
         let list = match index.checked_sub(1).and_then(|i| self.unsettled.get_mut(i)) {
             Some(older) => &mut older.recorded,
-            None => &mut self.now,
+            None => &mut self.settled,
         };
         for dropped in tree.recorded {
             push(list, dropped);
@@ -88,6 +91,11 @@ impl Drops {
             _ => &mut self.now,
         };
         push(list, dropped);
+    }
+
+    /// What may be taken away by who has flushed since.
+    pub(crate) fn take_settled(&mut self) -> Vec<Dropped> {
+        std::mem::take(&mut self.settled)
     }
 
     /// What the next flush may take away when it is done.
@@ -217,9 +225,10 @@ mod tests {
         drops.drop_shared(run(7));
         assert_eq!(drops.take(), [run(1), run(5)]);
         drops.settle(2);
-        assert_eq!(drops.take(), []);
+        assert_eq!(drops.take_settled(), []);
         drops.settle(1);
-        assert_eq!(drops.take(), [run(3), run(7)]);
+        assert_eq!(drops.take_settled(), [run(3), run(7)]);
+        assert_eq!(drops.take(), []);
         assert!(drops.all_settled());
     }
 }

@@ -59,7 +59,7 @@ pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
 pub use self::snapshot::{
-    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo,
+    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo, Step,
 };
 pub use self::worker::Worker;
 
@@ -111,6 +111,9 @@ pub enum ImageEvent {
         message: String,
     },
 }
+
+/// Slots of a background worker's directory: its walks do not come back to what they have seen.
+const BACKGROUND_SLOTS: usize = 64;
 
 type EventSink = Box<dyn Fn(ImageEvent) + Send + Sync>;
 
@@ -187,6 +190,11 @@ impl Image {
     /// A thread's access to the image. `storage` has the chain's files in the order of its layers.
     pub fn worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
         Worker::new(Arc::clone(self), storage)
+    }
+
+    /// Access for a thread that does background work: a small directory.
+    pub fn background_worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
+        Worker::with_directory(Arc::clone(self), storage, BACKGROUND_SLOTS, Arc::default())
     }
 
     #[inline]

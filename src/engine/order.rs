@@ -344,11 +344,18 @@ impl<S: Storage> Worker<S> {
             }
             State::Opened | State::Ready => {}
         }
+        if let Some(active) = &self.image.active {
+            active.allocator.write_all_lagging(&self.storage).await?;
+        }
         self.flush().await?;
         if let Some(active) = &self.image.active {
             // The second flush writes the counts that the first one allowed to go down.
             self.flush().await?;
             active.allocator.reclaim(&self.storage).await;
+            active
+                .allocator
+                .reclaim_behind(&self.storage, usize::MAX)
+                .await;
             active.allocator.trim(&self.storage).await?;
             self.sync().await?;
         }
@@ -510,6 +517,10 @@ impl<S: Storage> Worker<S> {
                 .map(|(offset, bytes)| (*offset, &bytes[..])),
         );
 
+        if collected.blocks.iter().any(|copy| copy.busy) {
+            // An older copy is still being written, and two writes have no order.
+            allocator.end_background_writes().await;
+        }
         self.write_all(file, first).await?;
         if !second.is_empty() || keeps!(SyncAtEnd) {
             self.sync().await?;

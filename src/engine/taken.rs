@@ -58,6 +58,25 @@ impl Taken {
         })
     }
 
+    /// What is taken of a range, in no order.
+    pub(crate) fn within(&self, clusters: &Range<u64>) -> Vec<u64> {
+        let shards = self.shards.iter();
+        shards
+            .flat_map(|shard| {
+                let shard = lock(shard);
+                let taken = shard.keys().filter(|cluster| clusters.contains(cluster));
+                taken.copied().collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    /// Tells when a cluster is given back; `None` if nobody has it.
+    pub(crate) fn listen(&self, cluster: u64) -> Option<EventListener> {
+        lock(self.shard(cluster))
+            .get(&cluster)
+            .map(|event| event.listen())
+    }
+
     fn give_back(&self, clusters: Range<u64>, event: &Event) {
         for cluster in clusters {
             lock(self.shard(cluster)).remove(&cluster);
@@ -100,6 +119,8 @@ mod tests {
         let mut first = taken.try_take(60..70).expect("free");
         assert!(taken.try_take(69..71).is_err());
         first.truncate(5);
+        assert_eq!(taken.within(&(64..100)), [64]);
+        assert!(taken.listen(64).is_some() && taken.listen(65).is_none());
         let second = taken.try_take(65..71).expect("given back by truncate");
         assert!(taken.try_take(64..65).is_err());
         drop(first);

@@ -61,7 +61,18 @@ enum Step {
 impl<S: Storage> Worker<S> {
     pub(super) fn new(image: Arc<Image>, storage: S) -> Rc<Self> {
         let counters = Arc::new(CacheCounters::default());
-        let directory = Directory::new(image.directory_slots, counters);
+        let slots = image.directory_slots;
+        Self::with_directory(image, storage, slots, counters)
+    }
+
+    /// A worker whose directory has so many slots.
+    pub(super) fn with_directory(
+        image: Arc<Image>,
+        storage: S,
+        slots: usize,
+        counters: Arc<CacheCounters>,
+    ) -> Rc<Self> {
+        let directory = Directory::new(slots, counters);
         Rc::new(Self {
             pins: PinTable::new(&image.board),
             directory: RefCell::new(directory),
@@ -249,19 +260,7 @@ impl<S: Storage> Worker<S> {
                 }
                 Lookup::Loading(listener) => listener.await,
                 Lookup::Absent(ticket) => {
-                    let host_offset = key.host_offset();
-                    let buf = AlignedBuf::zeroed(to_usize(mapping.slice_bytes()));
-                    let (read, buf) = self
-                        .storage
-                        .read_buf(layer.file, host_offset.get(), buf)
-                        .await;
-                    read.map_err(|error| {
-                        Error::io(format!("cannot read the L2 slice at {host_offset}"), error)
-                    })?;
-                    let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
-                    let suspicious = mapping.is_suspicious(buf.chunks_exact(8).map(raw));
-                    let entries = buf.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
-                    let body = Arc::new(SliceBody::new(key, entries, suspicious));
+                    let body = self.load_slice(layer, mapping, key).await?;
                     let kept = Arc::clone(&body);
                     self.directory
                         .borrow_mut()
@@ -271,6 +270,33 @@ impl<S: Storage> Worker<S> {
                 }
             }
         }
+    }
+
+    /// Reads a slice from the file. The caller has the ticket for it.
+    pub(crate) async fn load_slice(
+        &self,
+        layer: &Layer,
+        mapping: &Mapping,
+        key: SliceKey,
+    ) -> Result<Arc<SliceBody>, Error> {
+        let host_offset = key.host_offset();
+        let buf = AlignedBuf::zeroed(to_usize(mapping.slice_bytes()));
+        let (read, buf) = self
+            .storage
+            .read_buf(layer.file, host_offset.get(), buf)
+            .await;
+        read.map_err(|error| {
+            Error::io(format!("cannot read the L2 slice at {host_offset}"), error)
+        })?;
+        Ok(Self::new_body(mapping, key, &buf))
+    }
+
+    /// The body of a slice that the file holds as `bytes`.
+    pub(crate) fn new_body(mapping: &Mapping, key: SliceKey, bytes: &[u8]) -> Arc<SliceBody> {
+        let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
+        let suspicious = mapping.is_suspicious(bytes.chunks_exact(8).map(raw));
+        let entries = bytes.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
+        Arc::new(SliceBody::new(key, entries, suspicious))
     }
 
     /// The part of the range from `position` on that lies in one slice, as (place, entries).

@@ -128,6 +128,114 @@ pub fn set(block: &mut [u8], order: u32, index: usize, value: u64) {
     }
 }
 
+/// Adds one to each of `count` refcounts from `index` on.
+///
+/// # Errors
+///
+/// The index of a refcount that is 0 (nobody refers to that cluster, so there is nothing to share)
+/// or at its maximum. Nothing is changed then.
+///
+/// # Panics
+///
+/// If the block has no such refcounts, or `order` is above 6.
+#[expect(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "the panic is the documented answer to a wrong index; no refcount is at its maximum"
+)]
+pub fn raise(block: &mut [u8], order: u32, index: usize, count: usize) -> Result<(), usize> {
+    if order == 4 {
+        let refcounts = &mut block.as_chunks_mut().0[index..index + count];
+        let is_stuck = |refcount: &[u8; 2]| *refcount == [0; 2] || *refcount == [0xff; 2];
+        // Without an early exit: this compiles to vector instructions.
+        let stuck = refcounts
+            .iter()
+            .fold(false, |stuck, refcount| stuck | is_stuck(refcount));
+        if stuck {
+            let at = refcounts.iter().position(is_stuck).unwrap_or(0);
+            return Err(index + at);
+        }
+        for refcount in refcounts {
+            *refcount = (u16::from_be_bytes(*refcount) + 1).to_be_bytes();
+        }
+        return Ok(());
+    }
+    let most = most(order);
+    let range = index..index + count;
+    if let Some(stuck) = range
+        .clone()
+        .find(|&at| matches!(get(block, order, at), value if value == 0 || value == most))
+    {
+        return Err(stuck);
+    }
+    for at in range {
+        set(block, order, at, get(block, order, at) + 1);
+    }
+    Ok(())
+}
+
+/// Takes one from each of `count` refcounts from `index` on, and tells which become 0.
+///
+/// # Errors
+///
+/// The index of a refcount that is 0 already. Nothing is changed then.
+///
+/// # Panics
+///
+/// If the block has no such refcounts, or `order` is above 6.
+#[expect(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "the panic is the documented answer to a wrong index; no refcount is 0"
+)]
+pub fn lower(
+    block: &mut [u8],
+    order: u32,
+    index: usize,
+    count: usize,
+    mut zeroed: impl FnMut(usize),
+) -> Result<(), usize> {
+    if order == 4 {
+        let refcounts = &mut block.as_chunks_mut::<2>().0[index..index + count];
+        if let Some(at) = refcounts.iter().position(|refcount| *refcount == [0; 2]) {
+            return Err(index + at);
+        }
+        for (at, refcount) in refcounts.iter_mut().enumerate() {
+            let less = u16::from_be_bytes(*refcount) - 1;
+            *refcount = less.to_be_bytes();
+            if less == 0 {
+                zeroed(index + at);
+            }
+        }
+        return Ok(());
+    }
+    let range = index..index + count;
+    if let Some(zero) = range.clone().find(|&at| get(block, order, at) == 0) {
+        return Err(zero);
+    }
+    for at in range {
+        let less = get(block, order, at) - 1;
+        set(block, order, at, less);
+        if less == 0 {
+            zeroed(at);
+        }
+    }
+    Ok(())
+}
+
+/// The largest refcount of 2^`order` bits.
+#[must_use]
+#[expect(
+    clippy::arithmetic_side_effects,
+    reason = "an order above 6 panics before the shift"
+)]
+pub fn most(order: u32) -> u64 {
+    if order > 6 {
+        wrong_order(order);
+    }
+    u64::MAX >> (64 - (1_u32 << order))
+}
+
 /// Refcounts in `block`.
 #[must_use]
 #[inline]
@@ -244,6 +352,39 @@ mod tests {
                 assert_eq!(get(&ones, order, index), 0);
                 assert_eq!(get(&zeroes, order, index), max(order));
             }
+        }
+    }
+
+    #[test]
+    fn raise_and_lower_change_a_range_or_nothing() {
+        for order in 0..=6 {
+            assert_eq!(most(order), max(order));
+            let mut block = [0; BLOCK_BYTES];
+            let entries = count(&block, order);
+            let last = entries - 1;
+            assert_eq!(raise(&mut block, order, 2, 3), Err(2), "0 cannot be shared");
+            set(&mut block, order, 1, max(order));
+            for index in 2..=last {
+                set(&mut block, order, index, 1);
+            }
+            let before = block;
+            assert_eq!(raise(&mut block, order, 1, 4), Err(1), "order {order}");
+            assert_eq!(lower(&mut block, order, 0, 4, |_| ()), Err(0));
+            assert_eq!(block, before);
+            if order > 0 {
+                assert_eq!(raise(&mut block, order, 3, last - 2), Ok(()));
+                let found = [2, 3, last].map(|index| get(&block, order, index));
+                assert_eq!(found, [1, 2, 2]);
+                assert_eq!(lower(&mut block, order, 3, last - 2, |_| panic!()), Ok(()));
+                assert_eq!(block, before);
+            }
+            let mut zeroed = Vec::new();
+            assert_eq!(
+                lower(&mut block, order, last - 1, 2, |at| zeroed.push(at)),
+                Ok(())
+            );
+            assert_eq!(zeroed, [last - 1, last]);
+            assert_eq!(get(&block, order, last - 2), 1);
         }
     }
 

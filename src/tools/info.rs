@@ -301,7 +301,7 @@ fn lossy(bytes: &[u8]) -> String {
 }
 
 /// Hours, minutes, seconds and milliseconds.
-fn clock(nanoseconds: u64) -> String {
+pub(super) fn clock(nanoseconds: u64) -> String {
     let milliseconds = nanoseconds / 1_000_000;
     let (seconds, milliseconds) = (milliseconds / 1000, milliseconds % 1000);
     let (minutes, seconds) = (seconds / 60, seconds % 60);
@@ -313,7 +313,7 @@ fn clock(nanoseconds: u64) -> String {
 }
 
 /// Date and time in UTC of a number of seconds since 1970.
-fn date(seconds: u32) -> String {
+pub(super) fn date(seconds: u32) -> String {
     let (days, second) = (seconds / 86400, seconds % 86400);
     // Civil calendar of 400-year cycles that begin in March, so that the leap day is a year's last.
     let days = days + 719_468;

@@ -1,4 +1,5 @@
-//! The commands that work on an image which nobody serves: `create`, `info` and `check`.
+//! The commands of people: `create`, `info` and `check` for an image which nobody serves, `snapshot`
+//! for either.
 //!
 //! Top layer beside the daemon: takes a validated configuration, prints for people or as JSON in the
 //! form of `qemu-img`, and says how the process should exit. What the commands do to an image is the
@@ -7,6 +8,7 @@
 mod check;
 mod create;
 mod info;
+mod snapshot;
 
 use std::error::Error as StdError;
 use std::fmt::Display;
@@ -19,6 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub use check::check;
 pub use create::create;
 pub use info::info;
+pub use snapshot::snapshot;
 
 use crate::config::Format;
 use crate::engine::{Error, ErrorKind, LayerFormat};

@@ -22,6 +22,11 @@ use crate::storage::{AlignedBuf, Storage};
 pub(super) struct Block {
     data: AlignedBytes,
     modified: bool,
+    /// Counts that the background work has changed are not in the file. No flush needs them there:
+    /// the dirty bit excuses them, or (v2) no header relies on them yet.
+    lagging: bool,
+    /// Loaded by the background work, and used by nobody else: goes when it is in the file.
+    borrowed: bool,
     /// Copies of it are being written: it must not be loaded from the file meanwhile.
     writing: u32,
     visited: bool,
@@ -62,6 +67,8 @@ pub(crate) struct BlockCopy {
     pub(crate) block: u64,
     pub(crate) host_offset: u64,
     pub(crate) bytes: Box<[u8]>,
+    /// The background work was writing an older copy when this one was made.
+    pub(crate) busy: bool,
 }
 
 /// A refcount table entry to be written.
@@ -86,6 +93,8 @@ pub(super) struct Blocks {
     resident_max: usize,
     loading: HashMap<u64, Arc<Event>>,
     modified: Vec<u64>,
+    /// Blocks that are lagging, or were.
+    lagging: Vec<u64>,
     unnamed: Vec<Unnamed>,
 }
 
@@ -98,6 +107,7 @@ impl Blocks {
             resident_max: usize::try_from(resident_max).unwrap_or(usize::MAX).max(4),
             loading: HashMap::new(),
             modified: Vec::new(),
+            lagging: Vec::new(),
             unnamed: Vec::new(),
         }
     }
@@ -153,10 +163,52 @@ impl Blocks {
         })
     }
 
+    /// The bytes of a resident block, for the background work.
+    pub(super) fn peek(&self, block: u64) -> Option<&[u8]> {
+        self.resident.get(block).map(|resident| &*resident.data)
+    }
+
+    /// As [`Self::peek`], and the block lags behind from now on.
+    pub(super) fn lag(&mut self, block: u64) -> Option<&mut [u8]> {
+        let resident = self.resident.get_mut(block)?;
+        if !resident.lagging {
+            resident.lagging = true;
+            self.lagging.push(block);
+        }
+        Some(&mut resident.data)
+    }
+
+    /// Lets go of a block that only the background work has used, if it equals the file.
+    pub(super) fn give_back(&mut self, block: u64) {
+        let idle = |resident: &Block| {
+            resident.borrowed && !resident.modified && !resident.lagging && resident.writing == 0
+        };
+        if self.resident.get(block).is_some_and(idle) {
+            self.resident.remove(block);
+        }
+    }
+
+    fn insert_borrowed(&mut self, block: u64, data: AlignedBytes) {
+        self.resident.insert(
+            block,
+            Block {
+                data,
+                modified: false,
+                lagging: false,
+                borrowed: true,
+                writing: 0,
+                visited: false,
+            },
+        );
+    }
+
     fn insert(&mut self, block: u64, data: AlignedBytes) {
         if self.resident.len() >= self.resident_max {
             let _evicted = self.resident.evict(|resident| {
-                let keep = resident.modified || resident.writing > 0 || resident.visited;
+                let keep = resident.modified
+                    || resident.lagging
+                    || resident.writing > 0
+                    || resident.visited;
                 resident.visited = false;
                 if keep { Verdict::Keep } else { Verdict::Evict }
             });
@@ -166,6 +218,8 @@ impl Blocks {
             Block {
                 data,
                 modified: false,
+                lagging: false,
+                borrowed: false,
                 writing: 0,
                 visited: true,
             },
@@ -206,10 +260,24 @@ impl Allocator {
         storage: &S,
         block: u64,
     ) -> Result<(), Error> {
+        self.load(storage, block, false).await
+    }
+
+    /// Makes a block resident for the background work, beside the budget: others keep theirs.
+    pub(super) async fn borrow_block<S: Storage>(
+        &self,
+        storage: &S,
+        block: u64,
+    ) -> Result<(), Error> {
+        self.load(storage, block, true).await
+    }
+
+    async fn load<S: Storage>(&self, storage: &S, block: u64, borrowed: bool) -> Result<(), Error> {
         let host_offset = loop {
             let listener = {
                 let mut state = lock(&self.state);
-                if state.blocks.resident.get(block).is_some() {
+                if let Some(resident) = state.blocks.resident.get_mut(block) {
+                    resident.borrowed &= borrowed;
                     return Ok(());
                 }
                 if let Some(event) = state.blocks.loading.get(&block) {
@@ -237,7 +305,12 @@ impl Allocator {
                 error,
             )
         })?;
-        lock(&self.state).blocks.insert(block, Box::from(&buf[..]));
+        let bytes = Box::from(&buf[..]);
+        if borrowed {
+            lock(&self.state).blocks.insert_borrowed(block, bytes);
+        } else {
+            lock(&self.state).blocks.insert(block, bytes);
+        }
         drop(loading);
         Ok(())
     }
@@ -269,12 +342,15 @@ impl Allocator {
         for block in std::mem::take(&mut blocks.modified) {
             let host_offset = blocks.table_entry(block);
             if let Some(resident) = blocks.resident.get_mut(block) {
+                let busy = resident.writing > 0;
                 resident.modified = false;
+                resident.lagging = false;
                 resident.writing += 1;
                 copies.push(BlockCopy {
                     block,
                     host_offset,
                     bytes: resident.data.clone(),
+                    busy,
                 });
             }
         }
@@ -298,6 +374,54 @@ impl Allocator {
         for copy in copies {
             if let Some(resident) = state.blocks.resident.get_mut(copy.block) {
                 resident.writing = resident.writing.saturating_sub(1);
+            }
+        }
+    }
+
+    /// Copies up to `most` lagging blocks. Those that a flush writes are left to it.
+    pub(super) fn collect_lagging(&self, most: usize) -> Vec<BlockCopy> {
+        let mut state = lock(&self.state);
+        let blocks = &mut state.blocks;
+        let mut copies = Vec::new();
+        let mut left = Vec::new();
+        blocks.lagging.sort_unstable();
+        blocks.lagging.dedup();
+        for block in std::mem::take(&mut blocks.lagging) {
+            let host_offset = blocks.table_entry(block);
+            let Some(resident) = blocks.resident.get_mut(block) else {
+                continue;
+            };
+            if !resident.lagging {
+                continue;
+            }
+            if copies.len() == most || resident.writing > 0 || resident.modified {
+                left.push(block);
+                continue;
+            }
+            resident.lagging = false;
+            resident.writing += 1;
+            copies.push(BlockCopy {
+                block,
+                host_offset,
+                bytes: resident.data.clone(),
+                busy: false,
+            });
+        }
+        blocks.lagging = left;
+        copies
+    }
+
+    /// The end of [`Self::collect_lagging`]: the copies are in the file, or the blocks lag again.
+    pub(super) fn lagging_written(&self, copies: &[BlockCopy], written: bool) {
+        let mut state = lock(&self.state);
+        for copy in copies {
+            if let Some(resident) = state.blocks.resident.get_mut(copy.block) {
+                resident.writing = resident.writing.saturating_sub(1);
+            }
+            if written {
+                state.blocks.give_back(copy.block);
+            } else {
+                let _bytes = state.blocks.lag(copy.block);
             }
         }
     }

@@ -115,13 +115,18 @@ impl FreeMaps {
 
     /// Makes clusters free. Blocks that nobody has looked at learn it from their counts.
     pub(super) fn set_free(&mut self, start: u64, count: u64, entries: u64) {
-        for cluster in start..start + count {
+        let mut cluster = start;
+        while cluster < start + count {
             let block = cluster / entries;
+            let end = (start + count).min((block + 1) * entries);
             if let Some(map) = self.maps.get_mut(&block) {
-                map.set(cluster);
-                self.free += 1;
+                for cluster in cluster..end {
+                    map.set(cluster);
+                }
+                self.free += end - cluster;
                 self.with_free.insert(block);
             }
+            cluster = end;
         }
     }
 

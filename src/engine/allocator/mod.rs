@@ -16,6 +16,7 @@
 //! nobody, is not protected and not quarantined. `fresh_from` bounds clusters that were never
 //! handed out since the file grew: they read as zeroes.
 
+mod background;
 mod blocks;
 mod contiguous;
 mod free_map;
@@ -36,11 +37,15 @@ use super::order::keeps;
 use super::pin::PinBoard;
 use super::protected::Protected;
 use crate::format::geometry::Geometry;
+use crate::format::refcount;
 use crate::storage::{FileId, Storage};
 use crate::units::HostOffset;
 
+pub(crate) use self::background::{Change, PackedRun};
 pub(crate) use self::blocks::{BlockCopy, TableWrite};
 
+/// Runs of clusters freed in the background that a request reclaims when it needs one.
+const RECLAIMED_RUNS: usize = 16;
 /// On a device a worker reserves at most this part of what is known to be free.
 const RESERVED_SHARE: u64 = 64;
 
@@ -110,6 +115,8 @@ pub(crate) struct Allocator {
     state: Mutex<State>,
     /// Notified when growing ends.
     grown: Event,
+    /// Held while the background work writes refcount blocks: two writes of one block have no order.
+    block_writer: async_lock::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -126,6 +133,9 @@ struct State {
     fresh_from: u64,
     growing: bool,
     quarantine: VecDeque<Quarantined>,
+    /// What the background work has freed: as much as the image is large, so that no flush deals
+    /// with it.
+    freed_behind: VecDeque<Quarantined>,
 }
 
 /// What must happen before a reservation can succeed.
@@ -172,8 +182,10 @@ impl Allocator {
                 fresh_from: u64::MAX,
                 growing: false,
                 quarantine: VecDeque::new(),
+                freed_behind: VecDeque::new(),
             }),
             grown: Event::new(),
+            block_writer: async_lock::Mutex::new(()),
         }
     }
 
@@ -229,7 +241,9 @@ impl Allocator {
                     } else {
                         // Quarantined clusters that nobody uses any more come before growth.
                         reclaimed = true;
-                        if self.reclaim(storage).await {
+                        if self.reclaim(storage).await
+                            || self.reclaim_behind(storage, RECLAIMED_RUNS).await
+                        {
                             Ok(())
                         } else {
                             self.grow(storage).await
@@ -365,48 +379,56 @@ impl Allocator {
     pub(crate) async fn reclaim<S: Storage>(&self, storage: &S) -> bool {
         let mut freed = false;
         loop {
-            let Quarantined {
-                start,
-                count,
-                tables,
-                ..
-            } = {
+            let front = {
                 let mut state = lock(&self.state);
-                let Some(front) = state.quarantine.front() else {
-                    return freed;
-                };
-                if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
-                    return freed;
-                }
-                let Some(front) = state.quarantine.pop_front() else {
-                    return freed;
-                };
-                front
+                self.take_reclaimable(&mut state.quarantine)
             };
-            if tables {
-                // Who resolved through the old table has finished: nobody loads it again.
-                self.retire_tables(start, count);
-            }
-            if !keeps!(PunchBeforeReuse) {
-                self.give_back(start, count);
-            }
-            if self.discard {
-                let len = count << self.geometry.cluster_bits();
-                let punched = storage
-                    .punch_hole(self.file, self.offset(start).get(), len)
-                    .await;
-                if let Err(error) = punched {
-                    // The clusters are free all the same; only their blocks stay allocated.
-                    log::warn!(
-                        "cannot punch a hole at {:#x} (+{len:#x}): {error}",
-                        self.offset(start).get()
-                    );
-                }
-            }
-            if keeps!(PunchBeforeReuse) {
-                self.give_back(start, count);
-            }
+            let Some(front) = front else {
+                return freed;
+            };
+            self.free(storage, front).await;
             freed = true;
+        }
+    }
+
+    /// The oldest run, if no request can use it any more.
+    fn take_reclaimable(&self, quarantine: &mut VecDeque<Quarantined>) -> Option<Quarantined> {
+        let front = quarantine.front()?;
+        if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
+            return None;
+        }
+        quarantine.pop_front()
+    }
+
+    async fn free<S: Storage>(&self, storage: &S, run: Quarantined) {
+        let Quarantined {
+            start,
+            count,
+            tables,
+            ..
+        } = run;
+        if tables {
+            // Who resolved through the old table has finished: nobody loads it again.
+            self.retire_tables(start, count);
+        }
+        if !keeps!(PunchBeforeReuse) {
+            self.give_back(start, count);
+        }
+        if self.discard {
+            let len = count << self.geometry.cluster_bits();
+            let punched = storage
+                .punch_hole(self.file, self.offset(start).get(), len)
+                .await;
+            if let Err(error) = punched {
+                // The clusters are free all the same; only their blocks stay allocated.
+                log::warn!(
+                    "cannot punch a hole at {:#x} (+{len:#x}): {error}",
+                    self.offset(start).get()
+                );
+            }
+        }
+        if keeps!(PunchBeforeReuse) {
+            self.give_back(start, count);
         }
     }
 
@@ -428,25 +450,32 @@ impl Allocator {
             self.load_block(storage, block).await?;
         }
         let mut state = lock(&self.state);
-        let state = &mut *state;
-        let clusters = block * entries..((block + 1) * entries).min(state.end);
         if named {
-            let Some(counts) = state.blocks.get(block) else {
-                return Ok(());
-            };
-            if !state.free.knows(block) {
-                let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
-                state.free.learn(block, clusters, |cluster| {
-                    let index = usize::try_from(cluster % entries).unwrap_or(0);
-                    counts.get(index) == 0
-                        && !protected.iter().any(|range| range.contains(&cluster))
-                });
-            }
+            self.learn(&mut state, block);
         } else if !state.free.knows(block) {
             // No block covers these clusters, so they cannot be counted: not ours to use.
+            let clusters = block * entries..((block + 1) * entries).min(state.end);
             state.free.learn(block, clusters, |_| false);
         }
         Ok(())
+    }
+
+    /// Builds the free bitmap of a resident block, unless it is there.
+    fn learn(&self, state: &mut State, block: u64) {
+        let entries = self.geometry.refcount_block_entries();
+        let clusters = block * entries..((block + 1) * entries).min(state.end);
+        let Some(counts) = state.blocks.peek(block) else {
+            return;
+        };
+        if !state.free.knows(block) {
+            let order = self.geometry.refcount_order();
+            let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
+            state.free.learn(block, clusters, |cluster| {
+                let index = usize::try_from(cluster % entries).unwrap_or(0);
+                refcount::get(counts, order, index) == 0
+                    && !protected.iter().any(|range| range.contains(&cluster))
+            });
+        }
     }
 
     /// Cuts off what growth added and nobody uses. Only when nothing else runs.

@@ -118,6 +118,18 @@ impl Store {
         }
     }
 
+    /// Lets go of a slice that its loader needed only once, unless somebody else has used it since
+    /// (its loader has cleared the mark of use).
+    pub(crate) fn forget_unused(&self, key: SliceKey) {
+        let mut places = lock(&self.places);
+        if let Some(Place::Live(body)) = places.get(key.get())
+            && !body.unvisit()
+            && body.try_retire()
+        {
+            places.remove(key.get());
+        }
+    }
+
     /// Puts a body on the list of modified ones. Call it with the slice lock held.
     pub(crate) fn mark_modified_locked(&self, body: &Arc<SliceBody>, state: &mut SliceState) {
         if !state.modified {

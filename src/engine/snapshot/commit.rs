@@ -272,7 +272,6 @@ impl<S: Storage> Worker<S> {
         } = target;
         let snapshots = &active.snapshots;
         let mut table = snapshots.table.lock().await;
-        table.pending.retain(|entry| entry.id != pending.entry.id);
         let mut all = table.entries.clone();
         all.push(pending.entry.clone());
         let bytes = Table::encode(&all)?;
@@ -289,6 +288,7 @@ impl<S: Storage> Worker<S> {
             self.give_up(target, taken).await;
             return Err(error);
         }
+        table.pending.retain(|entry| entry.id != pending.entry.id);
         let shown = info(&pending.entry, self.disk_size(target));
         lock(&snapshots.shown).push(shown);
         Ok(())

@@ -12,9 +12,14 @@
 //! but recorded (see [`Drops`](super::active::Drops)), and taken away once that snapshot and all
 //! older ones are settled.
 
+mod background;
 mod commit;
+mod delete;
 mod freeze;
+mod reown;
+mod settle;
 mod table;
+mod walk;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,6 +32,7 @@ use super::table::Target;
 use super::{Image, LayerKind};
 use crate::units::to_u64;
 
+pub use self::background::Step;
 pub use self::commit::Created;
 pub(crate) use self::table::Table;
 
@@ -93,7 +99,7 @@ pub enum BackgroundKind {
 pub struct BackgroundStatus {
     /// What it does.
     pub kind: BackgroundKind,
-    /// Unique among the work of this process, ascending in the order of the work.
+    /// Unique among the work of this open image, ascending in the order of the work.
     pub number: u64,
     /// The snapshot's id; empty for a rebuild.
     pub id: String,
@@ -165,6 +171,8 @@ pub(crate) struct Snapshots {
     pub(crate) queue: Mutex<Queue>,
     /// Notified when work is added.
     pub(crate) work: Event,
+    /// How far the first item of the queue is; held while a step is done.
+    background: async_lock::Mutex<background::Background>,
     last_key: AtomicU64,
 }
 
@@ -176,6 +184,7 @@ impl Snapshots {
             shown: Mutex::new(shown),
             queue: Mutex::default(),
             work: Event::new(),
+            background: async_lock::Mutex::default(),
             last_key: AtomicU64::new(0),
         }
     }

@@ -1,0 +1,230 @@
+//! How fast background work goes on: politely while the guest is busy, at full speed while it is not.
+//!
+//! Pure: times and counters are handed in. After each piece of work the settler pauses for a
+//! *factor* times what the work took. The factor follows from the guest's mean latency: what it is
+//! during the work must stay within twice the *reference*, which is what it was before there was any
+//! work, or what it is in the pauses now if that is more. (After a snapshot the guest's writes copy
+//! clusters, whatever the settler does: going slower would not help them.) Without requests there is
+//! nobody to be polite to.
+
+use std::time::Duration;
+
+/// Counters of the device since its start: requests and their time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Load {
+    pub(super) requests: u64,
+    pub(super) total_ns: u64,
+}
+
+impl Load {
+    /// What came after `earlier`.
+    fn since(self, earlier: Self) -> Self {
+        Self {
+            requests: self.requests.wrapping_sub(earlier.requests),
+            total_ns: self.total_ns.wrapping_sub(earlier.total_ns),
+        }
+    }
+
+    fn add(&mut self, more: Self) {
+        self.requests += more.requests;
+        self.total_ns = self.total_ns.saturating_add(more.total_ns);
+    }
+
+    /// Mean latency in nanoseconds, if there are enough requests to speak of one.
+    fn mean_ns(self) -> Option<u64> {
+        (self.requests >= SAMPLE_MIN).then(|| self.total_ns / self.requests)
+    }
+}
+
+/// Requests that make a mean.
+const SAMPLE_MIN: u64 = 8;
+/// How long latencies are collected before the factor follows them.
+const WINDOW: Duration = Duration::from_millis(50);
+/// The first factor above zero, and the last.
+const FACTOR_MIN: f64 = 0.5;
+const FACTOR_MAX: f64 = 50.0;
+/// The longest pause: the work goes on, and the guest's idleness is noticed.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// The pace of one settler.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    factor: f64,
+    /// Counters when the last work ended, or at start.
+    idle_since: Load,
+    /// Mean latency before the work.
+    before_ns: Option<u64>,
+    /// During work, in the present window.
+    working: Load,
+    /// In pauses, in the present window.
+    resting: Load,
+    /// Length of the present window so far.
+    window: Duration,
+}
+
+impl Pace {
+    /// There is no work from now on.
+    pub(super) fn idle(&mut self, now: Load) {
+        self.idle_since = now;
+    }
+
+    /// There is work from now on.
+    pub(super) fn begin(&mut self, now: Load) {
+        self.before_ns = now.since(self.idle_since).mean_ns();
+        self.factor = 0.0;
+        self.start_window();
+    }
+
+    /// A piece of work took so long, between these readings. Returns how long to pause.
+    pub(super) fn worked(&mut self, took: Duration, from: Load, to: Load) -> Duration {
+        self.working.add(to.since(from));
+        self.window += took;
+        if self.window >= WINDOW {
+            self.adapt();
+        }
+        took.mul_f64(self.factor).min(PAUSE_MAX)
+    }
+
+    /// A pause took so long; its later part was between these readings. What the guest asked for
+    /// during the work is still on its way in the first part.
+    pub(super) fn rested(&mut self, took: Duration, from: Load, to: Load) {
+        self.resting.add(to.since(from));
+        self.window += took;
+    }
+
+    fn adapt(&mut self) {
+        let reference = self.before_ns.max(self.resting.mean_ns());
+        self.factor = match (self.working.mean_ns(), reference) {
+            // A guest that is idle, or nearly so.
+            (None, _) if self.working.requests + self.resting.requests < SAMPLE_MIN => 0.0,
+            // Too little is known: pauses will tell.
+            (None, _) | (_, None) => self.factor.max(1.0),
+            (Some(latency), Some(reference)) => {
+                if latency > reference.saturating_mul(2) {
+                    (self.factor * 2.0).clamp(FACTOR_MIN, FACTOR_MAX)
+                } else if latency > reference.saturating_mul(3) / 2 {
+                    self.factor
+                } else if self.factor <= FACTOR_MIN {
+                    0.0
+                } else {
+                    self.factor * 0.7
+                }
+            }
+        };
+        self.start_window();
+    }
+
+    fn start_window(&mut self) {
+        self.working = Load::default();
+        self.resting = Load::default();
+        self.window = Duration::ZERO;
+    }
+}
+
+/// How long to pause after so many bytes that took so long, for a limit in bytes a second.
+pub(super) fn pause_for_speed(bytes: u64, took: Duration, speed: u64) -> Duration {
+    let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(speed.max(1));
+    let whole = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+    whole.saturating_sub(took)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(5);
+
+    /// A guest whose latency is known in work and in pauses.
+    struct Guest {
+        now: Load,
+        per_ms: u64,
+        working_ns: u64,
+        resting_ns: u64,
+    }
+
+    impl Guest {
+        fn go_on(&mut self, time: Duration, latency_ns: u64) -> (Load, Load) {
+            let from = self.now;
+            let requests = u64::try_from(time.as_micros()).unwrap() * self.per_ms / 1000;
+            self.now.add(Load {
+                requests,
+                total_ns: requests * latency_ns,
+            });
+            (from, self.now)
+        }
+
+        /// The share of time that is spent working after the pace has settled.
+        fn duty(&mut self, pace: &mut Pace) -> f64 {
+            pace.begin(self.now);
+            let (mut worked, mut rested) = (Duration::ZERO, Duration::ZERO);
+            for step in 0..2000 {
+                let (from, to) = self.go_on(STEP, self.working_ns);
+                let pause = pace.worked(STEP, from, to);
+                let (from, to) = self.go_on(pause, self.resting_ns);
+                pace.rested(pause, from, to);
+                if step >= 1000 {
+                    worked += STEP;
+                    rested += pause;
+                }
+            }
+            worked.as_secs_f64() / (worked + rested).as_secs_f64()
+        }
+    }
+
+    fn guest(per_ms: u64, working_ns: u64, resting_ns: u64) -> Guest {
+        Guest {
+            now: Load::default(),
+            per_ms,
+            working_ns,
+            resting_ns,
+        }
+    }
+
+    #[test]
+    fn an_idle_guest_costs_no_pause() {
+        let mut guest = guest(0, 0, 0);
+        assert_eq!(guest.duty(&mut Pace::default()), 1.0);
+    }
+
+    #[test]
+    fn a_guest_that_notices_nothing_costs_no_pause() {
+        let mut pace = Pace::default();
+        let mut guest = guest(20, 110_000, 100_000);
+        guest.go_on(Duration::from_secs(1), 100_000);
+        assert_eq!(guest.duty(&mut pace), 1.0);
+    }
+
+    #[test]
+    fn work_that_doubles_the_latency_gets_a_small_share() {
+        let mut pace = Pace::default();
+        let mut guest = guest(20, 500_000, 100_000);
+        guest.go_on(Duration::from_secs(1), 100_000);
+        let duty = guest.duty(&mut pace);
+        assert!((0.015..0.1).contains(&duty), "{duty}");
+    }
+
+    #[test]
+    fn latency_that_pauses_do_not_cure_slows_nothing_down() {
+        let mut pace = Pace::default();
+        let mut guest = guest(20, 900_000, 800_000);
+        guest.go_on(Duration::from_secs(1), 100_000);
+        let duty = guest.duty(&mut pace);
+        assert!(duty > 0.6, "{duty}");
+    }
+
+    #[test]
+    fn without_a_past_the_pauses_are_the_measure() {
+        let mut pace = Pace::default();
+        assert!(guest(20, 900_000, 100_000).duty(&mut pace) < 0.1);
+    }
+
+    #[test]
+    fn a_limit_is_kept_whatever_the_work_takes() {
+        let pause = pause_for_speed(1 << 20, Duration::from_millis(100), 1 << 20);
+        assert_eq!(pause, Duration::from_millis(900));
+        let late = pause_for_speed(1 << 20, Duration::from_secs(2), 1 << 20);
+        assert_eq!(late, Duration::ZERO);
+        let slowest = pause_for_speed(u64::MAX, Duration::ZERO, 1);
+        assert_eq!(slowest, Duration::from_nanos(u64::MAX));
+    }
+}

@@ -1,0 +1,349 @@
+//! Counts that change in the background, by whole trees at a time.
+//!
+//! The work goes from refcount block to refcount block. A block is changed under one hold of the
+//! lock, as a whole or (on an error) not at all, and *lags* then: it differs from the file in a way
+//! that no flush cares for, and is written by the background work itself. Blocks that were loaded for
+//! it are let go when they are in the file, so that the budget stays with the requests.
+
+use std::collections::VecDeque;
+
+use futures_util::stream::{self, TryStreamExt};
+
+use super::blocks::BlockCopy;
+use super::{Allocator, Quarantined};
+use crate::engine::error::{Error, ErrorKind, lock};
+use crate::format::refcount;
+use crate::storage::{AlignedBuf, SgList, Storage};
+use crate::units::{to_u64, to_usize};
+
+/// Most runs that are changed under one hold of the lock.
+const RUNS_PER_LOCK: usize = 4096;
+/// Bytes of refcount blocks that are loaded, changed and written together.
+const BYTES_AT_ONCE: u64 = 1 << 20;
+/// Blocks in flight at a time.
+const IN_FLIGHT: usize = 16;
+/// Clusters of a run in quarantine: what freeing one run does under the lock.
+const QUARANTINED_MAX: u64 = 1 << 15;
+
+/// A run of host clusters of one refcount block, in one word that sorts by its start.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct PackedRun(u64);
+
+impl PackedRun {
+    const COUNT_BITS: u32 = 16;
+    /// Most clusters of one run.
+    pub(crate) const COUNT_MAX: u64 = 1 << Self::COUNT_BITS;
+
+    /// `start` is a host cluster (below 2^47: 2^56 bytes in clusters of 512); `count` is not 0.
+    pub(crate) fn new(start: u64, count: u64) -> Self {
+        debug_assert!(start >> 47 == 0 && (1..=Self::COUNT_MAX).contains(&count));
+        Self(start << Self::COUNT_BITS | (count - 1))
+    }
+
+    pub(crate) fn start(self) -> u64 {
+        self.0 >> Self::COUNT_BITS
+    }
+
+    pub(crate) fn count(self) -> u64 {
+        (self.0 & (Self::COUNT_MAX - 1)) + 1
+    }
+}
+
+/// What to do with the counts of runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Change {
+    /// One more reference.
+    Raise,
+    /// One less, of data or of L2 tables.
+    Lower {
+        /// The clusters are L2 tables.
+        tables: bool,
+    },
+}
+
+impl Allocator {
+    /// Changes the counts of the first of some sorted runs, and says of how many: as far as about
+    /// 1 MiB of refcount blocks reaches. Blocks are loaded and written.
+    ///
+    /// # Errors
+    /// `Corrupt` where a count is 0 already, `Unsupported` where it is at its maximum; `Io`. The
+    /// runs before the returned number (with an error: before `done`) are changed, no others.
+    pub(crate) async fn change<S: Storage>(
+        &self,
+        storage: &S,
+        runs: &[PackedRun],
+        change: Change,
+        done: &mut usize,
+    ) -> Result<(), Error> {
+        let most = to_usize(BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
+        let mut blocks: Vec<u64> = Vec::new();
+        for run in &runs[*done..] {
+            let block = self.block_index(run.start());
+            if blocks.last() != Some(&block) {
+                if blocks.len() == most {
+                    break;
+                }
+                blocks.push(block);
+            }
+        }
+        self.borrow_blocks(storage, &blocks).await?;
+        let last = blocks.last().copied().unwrap_or(0);
+        let mut result = Ok(());
+        while let Some(first) = runs.get(*done)
+            && self.block_index(first.start()) <= last
+        {
+            // Still here, unless somebody else used it and the budget was short.
+            result = self
+                .borrow_block(storage, self.block_index(first.start()))
+                .await
+                .and_then(|()| self.change_block(&runs[*done..], change))
+                .map(|changed| *done += changed);
+            if result.is_err() {
+                break;
+            }
+        }
+        let written = self.write_lagging(storage).await;
+        self.give_back_blocks(&blocks);
+        result.and(written.map(drop))
+    }
+
+    /// Changes the counts of leading runs in one block; returns of how many, 0 if the block is gone.
+    fn change_block(&self, runs: &[PackedRun], change: Change) -> Result<usize, Error> {
+        let Some(block) = runs.first().map(|run| self.block_index(run.start())) else {
+            return Ok(0);
+        };
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        if change != Change::Raise {
+            // A block learns what is free before one of its counts becomes 0.
+            self.learn(state, block);
+        }
+        let Some(counts) = state.blocks.lag(block) else {
+            return Ok(0);
+        };
+        let mut zeroed = Vec::new();
+        let mut changed = 0;
+        let mut clusters = 0;
+        for run in runs.iter().take(RUNS_PER_LOCK) {
+            if self.block_index(run.start()) != block || clusters >= entries {
+                break;
+            }
+            let (index, count) = (to_usize(run.start() % entries), to_usize(run.count()));
+            let result = match change {
+                Change::Raise => refcount::raise(counts, order, index, count),
+                Change::Lower { .. } => refcount::lower(counts, order, index, count, |at| {
+                    zeroed.push(block * entries + to_u64(at));
+                }),
+            };
+            if let Err(at) = result {
+                let refcount = refcount::get(counts, order, at);
+                for run in &runs[..changed] {
+                    undo(counts, order, run, entries, change);
+                }
+                return Err(stuck(block * entries + to_u64(at), refcount, change));
+            }
+            changed += 1;
+            clusters += run.count();
+        }
+        if let Change::Lower { tables } = change
+            && !zeroed.is_empty()
+        {
+            // What was unlinked before may still be used by requests of this epoch.
+            let epoch = self.board.end_epoch();
+            quarantine(&mut state.freed_behind, &zeroed, epoch, tables);
+        }
+        Ok(changed)
+    }
+
+    async fn borrow_blocks<S: Storage>(&self, storage: &S, blocks: &[u64]) -> Result<(), Error> {
+        stream::iter(blocks.iter().map(Ok))
+            .try_for_each_concurrent(IN_FLIGHT, |block| self.borrow_block(storage, *block))
+            .await
+    }
+
+    fn give_back_blocks(&self, blocks: &[u64]) {
+        let mut state = lock(&self.state);
+        for block in blocks {
+            state.blocks.give_back(*block);
+        }
+    }
+
+    /// For each cluster, in ascending order, whether it has exactly one reference.
+    ///
+    /// # Errors
+    /// `Io`/`Corrupt` when a refcount block cannot be loaded.
+    pub(crate) async fn have_one_reference<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: &[u64],
+    ) -> Result<Vec<bool>, Error> {
+        self.counts_of(storage, clusters, |count| count == 1).await
+    }
+
+    /// Something about the count of each cluster, in ascending order.
+    ///
+    /// # Errors
+    /// As for [`Self::have_one_reference`].
+    pub(crate) async fn counts_of<S: Storage, T>(
+        &self,
+        storage: &S,
+        clusters: &[u64],
+        say: impl Fn(u64) -> T,
+    ) -> Result<Vec<T>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let mut said = Vec::with_capacity(clusters.len());
+        while let Some(first) = clusters.get(said.len()) {
+            let block = self.block_index(*first);
+            self.borrow_block(storage, block).await?;
+            let mut state = lock(&self.state);
+            // Evicted between loading and locking: load again.
+            let Some(counts) = state.blocks.peek(block) else {
+                continue;
+            };
+            let here = clusters[said.len()..]
+                .iter()
+                .take_while(|cluster| self.block_index(**cluster) == block);
+            said.extend(
+                here.map(|cluster| say(refcount::get(counts, order, to_usize(*cluster % entries)))),
+            );
+            state.blocks.give_back(block);
+        }
+        Ok(said)
+    }
+
+    /// Writes some lagging blocks; returns how many bytes.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`: they lag as before.
+    pub(crate) async fn write_lagging<S: Storage>(&self, storage: &S) -> Result<u64, Error> {
+        let _writer = self.block_writer.lock().await;
+        let most = to_usize(BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
+        let mut writing = LaggingWrite {
+            allocator: self,
+            copies: self.collect_lagging(most),
+            written: false,
+        };
+        stream::iter(writing.copies.iter().map(Ok))
+            .try_for_each_concurrent(IN_FLIGHT, |copy| async move {
+                let sg = SgList::from_buf(AlignedBuf::from_slice(&copy.bytes));
+                let host_offset = copy.host_offset;
+                storage
+                    .write(self.file, host_offset, sg)
+                    .await
+                    .map_err(|error| {
+                        Error::io(
+                            format!("cannot write the refcount block at {host_offset:#x}"),
+                            error,
+                        )
+                    })
+            })
+            .await?;
+        writing.written = true;
+        Ok(to_u64(writing.copies.len()) << self.geometry.cluster_bits())
+    }
+
+    /// Writes all lagging blocks but those that the next flush writes.
+    ///
+    /// # Errors
+    /// As for [`Self::write_lagging`].
+    pub(crate) async fn write_all_lagging<S: Storage>(&self, storage: &S) -> Result<(), Error> {
+        while self.write_lagging(storage).await? > 0 {}
+        Ok(())
+    }
+
+    /// Waits until no write of a refcount block that has begun is in flight.
+    pub(crate) async fn end_background_writes(&self) {
+        drop(self.block_writer.lock().await);
+    }
+
+    /// Frees up to `most` runs that the background work has put in quarantine and no request uses
+    /// any more. True: at least one.
+    pub(crate) async fn reclaim_behind<S: Storage>(&self, storage: &S, most: usize) -> bool {
+        let mut freed = false;
+        for _ in 0..most {
+            let front = {
+                let mut state = lock(&self.state);
+                self.take_reclaimable(&mut state.freed_behind)
+            };
+            let Some(front) = front else {
+                break;
+            };
+            self.free(storage, front).await;
+            freed = true;
+        }
+        freed
+    }
+}
+
+/// Writes of lagging blocks in flight. Dropped unfinished the blocks lag as before.
+struct LaggingWrite<'a> {
+    allocator: &'a Allocator,
+    copies: Vec<BlockCopy>,
+    written: bool,
+}
+
+impl Drop for LaggingWrite<'_> {
+    fn drop(&mut self) {
+        self.allocator.lagging_written(&self.copies, self.written);
+    }
+}
+
+/// Takes back what was done to a run whose block has met an error.
+fn undo(counts: &mut [u8], order: u32, run: &PackedRun, entries: u64, change: Change) {
+    let first = to_usize(run.start() % entries);
+    for index in first..first + to_usize(run.count()) {
+        let changed = refcount::get(counts, order, index);
+        let before = match change {
+            Change::Raise => changed - 1,
+            Change::Lower { .. } => changed + 1,
+        };
+        refcount::set(counts, order, index, before);
+    }
+}
+
+#[cold]
+fn stuck(cluster: u64, refcount: u64, change: Change) -> Error {
+    let what = match change {
+        Change::Raise => "is shared with a snapshot",
+        Change::Lower { .. } => "is given back by a snapshot",
+    };
+    if refcount == 0 {
+        Error::new(
+            ErrorKind::Corrupt,
+            format!("host cluster {cluster:#x} {what}, but its refcount is 0"),
+        )
+    } else {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "host cluster {cluster:#x} {what}, but its refcount cannot be more than {refcount}"
+            ),
+        )
+    }
+}
+
+/// Adds ascending clusters without references.
+fn quarantine(list: &mut VecDeque<Quarantined>, clusters: &[u64], epoch: u64, tables: bool) {
+    for cluster in clusters {
+        match list.back_mut() {
+            Some(last)
+                if last.tables == tables
+                    && last.start + last.count == *cluster
+                    && last.count < QUARANTINED_MAX =>
+            {
+                // The later epoch holds for both.
+                last.epoch = epoch;
+                last.count += 1;
+            }
+            _ => list.push_back(Quarantined {
+                epoch,
+                start: *cluster,
+                count: 1,
+                tables,
+            }),
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! `qblkd snapshot`: internal snapshots of an image that is served, or of one that nobody uses.
+//!
+//! With `--control` this is a QMP client: it sends a command, and follows the job that the server
+//! makes of it. With `--blk-file` it takes the image's lock and does the same work itself, to its
+//! end, with the backing files left alone: nothing of a guest's data is read or written.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use super::info::{clock, date};
+use super::{Exit, human_size, lock, print, progress_bar};
+use crate::config::{SnapshotAction, SnapshotConfig, SnapshotName, SnapshotTarget};
+use crate::engine::{
+    Error, ErrorKind, Image, LayerFormat, LayerSpec, NewSnapshot, OpenOptions, Selector,
+    SnapshotInfo, Step, Worker,
+};
+use crate::storage::lock::{ImageLock, LockKind};
+use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
+
+/// How often a server is asked how far a job is.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Does what the configuration says, and prints what there is to print.
+#[must_use]
+pub fn snapshot(config: &SnapshotConfig) -> Exit {
+    let bar = progress_bar();
+    let (path, result) = match &config.target {
+        SnapshotTarget::Control(path) => (path, online(path, &config.action, &bar)),
+        SnapshotTarget::File(path) => (path, offline(path, &config.action, &bar)),
+    };
+    bar.finish_and_clear();
+    match result {
+        Ok(text) => {
+            print(&text);
+            Exit::Success
+        }
+        Err(error) => super::fail(path, &error),
+    }
+}
+
+/// Which of these snapshots is meant.
+fn select<'a>(
+    snapshots: &'a [SnapshotInfo],
+    which: &SnapshotName,
+) -> Result<&'a SnapshotInfo, Error> {
+    let by_id = |id: &str| snapshots.iter().find(|snapshot| snapshot.id == id);
+    let found = match which {
+        SnapshotName::Id(id) => by_id(id),
+        SnapshotName::NameOrId(name) => {
+            let mut named = snapshots.iter().filter(|snapshot| snapshot.name == *name);
+            let found = named.next();
+            if named.next().is_some() {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!("several snapshots are named '{name}': give --id"),
+                ));
+            }
+            found.or_else(|| by_id(name))
+        }
+    };
+    found.ok_or_else(|| {
+        let text = match which {
+            SnapshotName::Id(id) => format!("there is no snapshot with the id '{id}'"),
+            SnapshotName::NameOrId(name) => {
+                format!("there is no snapshot with the name or id '{name}'")
+            }
+        };
+        Error::new(ErrorKind::NotFound, text)
+    })
+}
+
+/// The list, for people or for programs.
+fn show(snapshots: &[SnapshotInfo], as_json: bool) -> String {
+    if as_json {
+        let list: Vec<Value> = snapshots.iter().map(to_json).collect();
+        return format!("{:#}\n", json!(list));
+    }
+    if snapshots.is_empty() {
+        return "no internal snapshots\n".to_owned();
+    }
+    let mut text = format!(
+        "{:<8} {:<20} {:>10} {:>19} {:>14} {:>10}\n",
+        "ID", "NAME", "VM STATE", "TAKEN (UTC)", "VM CLOCK", "DISK SIZE"
+    );
+    for snapshot in snapshots {
+        text.push_str(&format!(
+            "{:<8} {:<20} {:>10} {:>19} {:>14} {:>10}{}\n",
+            snapshot.id,
+            snapshot.name,
+            human_size(snapshot.vm_state_size),
+            date(snapshot.date_sec),
+            clock(snapshot.vm_clock_nsec),
+            human_size(snapshot.disk_size),
+            if snapshot.unsettled {
+                "  unsettled"
+            } else {
+                ""
+            },
+        ));
+    }
+    text
+}
+
+/// QEMU's `SnapshotInfo`, with what it lacks under `x-qblkd`, as on the control socket.
+fn to_json(snapshot: &SnapshotInfo) -> Value {
+    const SECOND: u64 = 1_000_000_000;
+    let mut value = json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": snapshot.vm_clock_nsec / SECOND,
+        "vm-clock-nsec": snapshot.vm_clock_nsec % SECOND,
+        "x-qblkd": { "disk-size": snapshot.disk_size, "unsettled": snapshot.unsettled },
+    });
+    if let Some(icount) = snapshot.icount {
+        value["icount"] = json!(icount);
+    }
+    value
+}
+
+/// What [`to_json`] makes.
+fn from_json(value: &Value) -> SnapshotInfo {
+    let text = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+    let number = |name: &str| value[name].as_u64().unwrap_or(0);
+    let small = |name: &str| u32::try_from(number(name)).unwrap_or(0);
+    let more = &value["x-qblkd"];
+    SnapshotInfo {
+        id: text("id"),
+        name: text("name"),
+        date_sec: small("date-sec"),
+        date_nsec: small("date-nsec"),
+        vm_clock_nsec: number("vm-clock-sec")
+            .saturating_mul(1_000_000_000)
+            .saturating_add(number("vm-clock-nsec")),
+        vm_state_size: number("vm-state-size"),
+        disk_size: more["disk-size"].as_u64().unwrap_or(0),
+        icount: value["icount"].as_u64(),
+        unsettled: more["unsettled"].as_bool().unwrap_or(false),
+    }
+}
+
+/// Does it through the control socket of a server.
+fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<String, Error> {
+    let mut client = Client::connect(socket)?;
+    let device = client.device()?;
+    let job = match action {
+        SnapshotAction::List { json } => return Ok(show(&device.snapshots, *json)),
+        SnapshotAction::Create { name, wait } => {
+            let arguments = json!({ "device": device.name, "name": name });
+            client.execute("blockdev-snapshot-internal-sync", &arguments)?;
+            wait.then(|| ("settle-", name.clone()))
+        }
+        SnapshotAction::Delete { which, wait } => {
+            let snapshot = select(&device.snapshots, which)?;
+            let arguments = json!({
+                "device": device.name, "id": snapshot.id, "name": snapshot.name
+            });
+            client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
+            wait.then(|| ("delete-", snapshot.name.clone()))
+        }
+    };
+    if let Some((kind, name)) = job {
+        client.follow(kind, &name, bar)?;
+    }
+    Ok(String::new())
+}
+
+/// A connection to a control socket.
+struct Client {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+/// The device of a server.
+struct Device {
+    name: String,
+    snapshots: Vec<SnapshotInfo>,
+}
+
+impl Client {
+    fn connect(socket: &Path) -> Result<Self, Error> {
+        let connected = UnixStream::connect(socket)
+            .and_then(|stream| Ok((stream.try_clone()?, stream)))
+            .map_err(|error| Error::io("cannot connect to the control socket", error));
+        let (reader, stream) = connected?;
+        let mut client = Self {
+            stream,
+            lines: BufReader::new(reader),
+        };
+        if client.read()?.get("QMP").is_none() {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "this is not a control socket: there is no QMP greeting",
+            ));
+        }
+        client.execute("qmp_capabilities", &json!({}))?;
+        Ok(client)
+    }
+
+    fn read(&mut self) -> Result<Value, Error> {
+        let mut line = String::new();
+        let count = self
+            .lines
+            .read_line(&mut line)
+            .map_err(|error| Error::io("cannot read from the control socket", error))?;
+        if count == 0 {
+            return Err(Error::new(
+                ErrorKind::Failed,
+                "the server has ended, or has closed the connection",
+            ));
+        }
+        serde_json::from_str(&line).map_err(|error| {
+            Error::io(
+                "what comes from the control socket is not QMP",
+                error.into(),
+            )
+        })
+    }
+
+    /// Runs a command, however long it takes; events are skipped.
+    fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, Error> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.stream
+            .write_all(format!("{request}\n").as_bytes())
+            .map_err(|error| Error::io("cannot write to the control socket", error))?;
+        loop {
+            let mut message = self.read()?;
+            if let Some(error) = message.get("error") {
+                let text = error["desc"].as_str().unwrap_or("refused without a reason");
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+            if let Some(value) = message.get_mut("return") {
+                return Ok(value.take());
+            }
+        }
+    }
+
+    fn device(&mut self) -> Result<Device, Error> {
+        let list = self.execute("query-block", &json!({}))?;
+        let device = &list[0];
+        let snapshots = device["inserted"]["image"]["snapshots"].as_array();
+        let name = device["device"].as_str().ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "the server has no device of its own")
+        })?;
+        Ok(Device {
+            name: name.to_owned(),
+            snapshots: snapshots.map_or_else(Vec::new, |list| list.iter().map(from_json).collect()),
+        })
+    }
+
+    /// Waits for the jobs of this kind about the snapshot of this name, the ones before them
+    /// included.
+    fn follow(&mut self, kind: &str, name: &str, bar: &ProgressBar) -> Result<(), Error> {
+        loop {
+            let jobs = self.execute("query-jobs", &json!({}))?;
+            let jobs = jobs.as_array().map_or(&[][..], Vec::as_slice);
+            let is_ours = |job: &&Value| {
+                job["id"].as_str().is_some_and(|id| id.starts_with(kind))
+                    && job["x-qblkd"]["snapshot-name"] == name
+            };
+            // The last: an earlier one of the same name is not ours.
+            let Some(job) = jobs.iter().rfind(is_ours) else {
+                return Ok(());
+            };
+            let status = job["status"].as_str().unwrap_or_default();
+            let error = job["error"].as_str().unwrap_or_default();
+            if status == "concluded" {
+                let text = format!("the background work was given up: {error}");
+                return Err(Error::new(ErrorKind::Failed, text));
+            }
+            bar.set_message(match status {
+                "paused" => format!("stopped, {error}"),
+                "created" => "waiting for earlier work".to_owned(),
+                _ => message(kind).to_owned(),
+            });
+            bar.set_length(job["total-progress"].as_u64().unwrap_or(0));
+            bar.set_position(job["current-progress"].as_u64().unwrap_or(0));
+            std::thread::sleep(POLL_INTERVAL);
+        }
+    }
+}
+
+/// What the bar says.
+fn message(kind: &str) -> &'static str {
+    match kind {
+        "delete-" => "giving space back",
+        _ => "counting references",
+    }
+}
+
+/// An image that nobody else uses.
+struct Opened {
+    storage: BlockingStorage,
+    image: Arc<Image>,
+    /// Given back last.
+    _lock: ImageLock,
+}
+
+/// Opens and locks the image alone, without its backing files.
+fn open(path: &Path, write: bool) -> Result<Opened, Error> {
+    let direct = false;
+    let file = HostFile::open(path, OpenMode { write, direct })
+        .map(Arc::new)
+        .map_err(|error| Error::io("cannot open the image", error))?;
+    let kind = if write {
+        LockKind::Writer
+    } else {
+        LockKind::Reader
+    };
+    let lock = lock(&file, kind)?;
+    let storage = BlockingStorage::new(vec![Arc::clone(&file)]);
+    let spec = LayerSpec {
+        file: FileId(0),
+        format: LayerFormat::Qcow2,
+    };
+    let options = OpenOptions {
+        read_only: !write,
+        ..OpenOptions::default()
+    };
+    let image = block_on(Image::open(&storage, &[spec], &options))?;
+    Ok(Opened {
+        storage,
+        image,
+        _lock: lock,
+    })
+}
+
+/// Does it in an image that nobody uses.
+fn offline(path: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<String, Error> {
+    match action {
+        SnapshotAction::List { json } => Ok(show(&open(path, false)?.image.snapshots(), *json)),
+        SnapshotAction::Create { name, .. } => {
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            let new = NewSnapshot {
+                name: name.clone(),
+                // The format's own limit: seconds end in the year 2106.
+                date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                date_nsec: now.subsec_nanos(),
+                vm_clock_nsec: 0,
+            };
+            change(path, bar, "settle-", async |worker| {
+                worker.create_snapshots(&[new]).await.map(drop)
+            })
+        }
+        SnapshotAction::Delete { which, .. } => change(path, bar, "delete-", async |worker| {
+            let snapshots = worker.image().snapshots();
+            let snapshot = select(&snapshots, which)?;
+            let selector = Selector {
+                id: Some(snapshot.id.clone()),
+                name: Some(snapshot.name.clone()),
+            };
+            worker.delete_snapshot(&selector).await.map(drop)
+        }),
+    }
+}
+
+/// Changes an image, does the background work of that, and closes the image. After an error it is
+/// closed too: what was there before is there still.
+fn change(
+    path: &Path,
+    bar: &ProgressBar,
+    kind: &str,
+    command: impl AsyncFnOnce(&Worker<BlockingStorage>) -> Result<(), Error>,
+) -> Result<String, Error> {
+    let opened = open(path, true)?;
+    let worker = opened.image.background_worker(opened.storage);
+    let done = block_on(async {
+        command(&worker).await?;
+        bar.set_message(message(kind));
+        while worker.background_step().await? != Step::Idle {
+            if let Some(work) = worker.image().background().first() {
+                bar.set_length(work.total);
+                bar.set_position(work.done);
+            }
+        }
+        Ok(())
+    });
+    let closed = block_on(worker.close());
+    done.and(closed).map(|()| String::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(id: &str, name: &str) -> SnapshotInfo {
+        SnapshotInfo {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            date_sec: 1_700_000_000,
+            date_nsec: 5,
+            vm_clock_nsec: 3_000_000_007,
+            vm_state_size: 1 << 20,
+            disk_size: 10 << 30,
+            icount: Some(9),
+            unsettled: true,
+        }
+    }
+
+    #[test]
+    fn a_name_goes_before_an_id_and_must_be_the_only_one() {
+        let list = [
+            named("1", "2"),
+            named("2", "x"),
+            named("3", "y"),
+            named("4", "y"),
+        ];
+        let id = |which: &SnapshotName| select(&list, which).map(|found| found.id.clone());
+        let name = |name: &str| SnapshotName::NameOrId(name.to_owned());
+        assert_eq!(id(&name("2")).unwrap(), "1");
+        assert_eq!(id(&name("3")).unwrap(), "3");
+        assert_eq!(id(&SnapshotName::Id("2".to_owned())).unwrap(), "2");
+        assert_eq!(id(&name("y")).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(id(&name("z")).unwrap_err().kind(), ErrorKind::NotFound);
+        let missing = SnapshotName::Id("x".to_owned());
+        assert_eq!(id(&missing).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_the_socket_tells_is_what_the_list_shows() {
+        let snapshot = named("7", "first");
+        assert_eq!(from_json(&to_json(&snapshot)), snapshot);
+        let text = show(&[snapshot], false);
+        let row = text.lines().nth(1).unwrap();
+        let words: Vec<_> = row.split_whitespace().collect();
+        assert_eq!(
+            words,
+            [
+                "7",
+                "first",
+                "1",
+                "MiB",
+                "2023-11-14",
+                "22:13:20",
+                "0000:00:03.000",
+                "10",
+                "GiB",
+                "unsettled"
+            ]
+        );
+    }
+}
