@@ -122,6 +122,7 @@ pub(super) fn open_options(config: &ImageConfig) -> OpenOptions {
         l2_cache_size: config.l2_cache_bytes,
         l2_cache_entry_size: config.l2_cache_entry_bytes,
         refcount_cache_size: config.refcount_cache_bytes,
+        snapshot: None,
     }
 }
 

@@ -185,6 +185,9 @@ impl<S: Storage> Worker<S> {
         if already {
             return Ok(bytes);
         }
+        if pin.renew() {
+            return Ok(0);
+        }
         let Some(taken) = self.take(&span, count).await else {
             return Ok(0);
         };

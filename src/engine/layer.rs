@@ -3,6 +3,7 @@
 //! The L1 table is resident as atomics. `protected` and the file's length judge each slice once,
 //! when it is loaded.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -14,6 +15,9 @@ use crate::format::l1::L1Entry;
 use crate::format::l2::{Cluster, L2Entry};
 use crate::storage::FileId;
 use crate::units::{GuestOffset, HostOffset, to_usize};
+
+/// Stands for the L1 table, whose entries are looked at when the image is opened.
+const NO_TABLE: HostOffset = HostOffset::new(u64::MAX);
 
 /// A layer; layer 0 of an image is the active one.
 #[derive(Debug)]
@@ -49,6 +53,44 @@ pub(crate) struct Mapping {
     pub(crate) protected: Arc<Mutex<Protected>>,
     /// Bytes of the host file at open; grows with the allocator. An entry at or past it dangles.
     pub(crate) host_end: AtomicU64,
+    pub(crate) lost: LostData,
+}
+
+/// What entries name past the end that the file had when it was opened, if it was not closed in
+/// order: lost data, which nobody may take for what has been allocated there since.
+#[derive(Debug)]
+pub(crate) struct LostData {
+    /// Bytes of the host file at open, in whole clusters.
+    pub(crate) start: u64,
+    /// Nothing is allocated below this: entries that point to `start..end` are refused for ever.
+    pub(crate) end: AtomicU64,
+    /// Until all tables were looked at: no entry of a table below this may point past `start`.
+    pub(crate) old_tables_end: AtomicU64,
+}
+
+impl LostData {
+    /// Nothing is lost.
+    pub(crate) const NONE: Self = Self {
+        start: u64::MAX,
+        end: AtomicU64::new(0),
+        old_tables_end: AtomicU64::new(0),
+    };
+
+    /// Entries that point to this range name lost data. `unknown`: older tables may have more.
+    pub(crate) fn new(range: Range<u64>, unknown: bool) -> Self {
+        Self {
+            start: range.start,
+            end: AtomicU64::new(range.end),
+            old_tables_end: AtomicU64::new(if unknown { range.start } else { 0 }),
+        }
+    }
+
+    /// An entry of this table that points to `host` names lost data.
+    fn contains(&self, table: HostOffset, host: u64) -> bool {
+        host >= self.start
+            && (host < self.end.load(Ordering::Acquire)
+                || table.get() < self.old_tables_end.load(Ordering::Acquire))
+    }
 }
 
 /// Where the entry of a guest offset is.
@@ -103,12 +145,19 @@ impl Mapping {
         entry.validate(self.geometry).map_err(|error| {
             Error::format(format!("L1 entry {l1_index} is {:#018x}", entry.0), error)
         })?;
-        self.judge_host(table, &format!("L1 entry {l1_index}"))?;
+        self.judge_host(NO_TABLE, table, &format!("L1 entry {l1_index}"))?;
         Ok(table)
     }
 
-    /// May a table or a data cluster be at `host`?
-    fn judge_host(&self, host: HostOffset, what: &str) -> Result<(), Error> {
+    /// May a table or a data cluster be at `host`, according to an entry of `table`?
+    fn judge_host(&self, table: HostOffset, host: HostOffset, what: &str) -> Result<(), Error> {
+        if self.lost.contains(table, host.get()) {
+            // The rest of the image is sound: no reason to take no more writes.
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("{what} points to {host}, past the end that the file had: lost data"),
+            ));
+        }
         if host.get() >= self.host_end.load(Ordering::Acquire) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -125,11 +174,16 @@ impl Mapping {
         Ok(())
     }
 
-    /// Decodes an L2 entry and judges where it points.
+    /// Decodes an L2 entry of `table` and judges where it points.
     ///
     /// # Errors
-    /// `Corrupt` as for [`Self::table`].
-    pub(crate) fn cluster(&self, guest: GuestOffset, entry: L2Entry) -> Result<Cluster, Error> {
+    /// `Corrupt` as for [`Self::table`]; `Io` for lost data.
+    pub(crate) fn cluster(
+        &self,
+        table: HostOffset,
+        guest: GuestOffset,
+        entry: L2Entry,
+    ) -> Result<Cluster, Error> {
         let cluster = entry.decode(self.geometry, self.version).map_err(|error| {
             Error::format(
                 format!("L2 entry of guest offset {guest} is {:#018x}", entry.0),
@@ -139,23 +193,56 @@ impl Mapping {
         match cluster {
             Cluster::Unallocated | Cluster::ZeroPlain => {}
             Cluster::ZeroAllocated { host, .. } | Cluster::Standard { host, .. } => {
-                self.judge_host(host, &format!("L2 entry of guest offset {guest}"))?;
+                self.judge_host(table, host, &format!("L2 entry of guest offset {guest}"))?;
             }
             Cluster::Compressed { host, bytes } => {
                 let what = format!("compressed L2 entry of guest offset {guest}");
-                self.judge_host(host, &what)?;
+                self.judge_host(table, host, &what)?;
                 // The last sector may reach past the end of the file, not past its cluster.
                 let end = self.host_end.load(Ordering::Acquire);
                 let last = (host.get() + bytes - 1).min(end - 1);
-                self.judge_host(HostOffset::new(last), &what)?;
+                self.judge_host(table, HostOffset::new(last), &what)?;
             }
         }
         Ok(cluster)
     }
 
-    /// Does any of these raw entries need a look of its own? Cheap for runs of good entries.
-    pub(crate) fn is_suspicious(&self, entries: impl Iterator<Item = u64>) -> bool {
-        let end = self.host_end.load(Ordering::Acquire);
+    /// Does this entry of an old table point past everything that is kept free for lost data? A
+    /// copy of the table must not hold it: there it would look like an entry of ours.
+    pub(crate) fn misleads(&self, table: HostOffset, entry: L2Entry) -> bool {
+        let host = match entry.decode(self.geometry, self.version) {
+            Ok(Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. }) => host.get(),
+            Ok(Cluster::Compressed { host, bytes }) => host.get() + bytes - 1,
+            _ => return false,
+        };
+        host >= self.lost.end.load(Ordering::Acquire) && self.lost.contains(table, host)
+    }
+
+    /// Does this entry of `table` name lost data? Nobody counts that.
+    pub(crate) fn is_lost(&self, table: HostOffset, entry: L2Entry) -> bool {
+        match entry.decode(self.geometry, self.version) {
+            Ok(Cluster::Standard { host, .. } | Cluster::ZeroAllocated { host, .. }) => {
+                self.lost.contains(table, host.get())
+            }
+            Ok(Cluster::Compressed { host, bytes }) => {
+                let last = host.get().saturating_add(bytes - 1);
+                self.lost.contains(table, host.get()) || self.lost.contains(table, last)
+            }
+            _ => false,
+        }
+    }
+
+    /// Does any of these raw entries of `table` need a look of its own? Cheap for runs of good
+    /// entries.
+    pub(crate) fn is_suspicious(
+        &self,
+        table: HostOffset,
+        entries: impl Iterator<Item = u64>,
+    ) -> bool {
+        let mut end = self.host_end.load(Ordering::Acquire);
+        if table.get() < self.lost.old_tables_end.load(Ordering::Acquire) {
+            end = end.min(self.lost.start);
+        }
         let protected = lock(&self.protected);
         let mut gap = 0..0;
         for raw in entries {

@@ -32,6 +32,7 @@ mod protected;
 mod read;
 mod snapshot;
 mod source;
+mod sync;
 mod table;
 mod taken;
 mod worker;
@@ -59,7 +60,7 @@ pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
 pub use self::snapshot::{
-    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo, Step,
+    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo, Step, revert,
 };
 pub use self::worker::Worker;
 

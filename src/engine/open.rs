@@ -1,7 +1,10 @@
 //! Opening: from the files of a chain to an [`Image`].
 //!
-//! Nothing is written here, except that a dirty image which is opened for writing is repaired
-//! first. Everything that the format lets us judge cheaply is judged now: the header, the places of
+//! Nothing is written here. An image that was not closed in order and is opened for writing is served
+//! at once, if its refcount structure allows that, while its counts are made anew in the background
+//! (see `snapshot::rebuild`): no copied flag and no count of it is trusted, and clusters are taken
+//! only past its end. Where that cannot be (a block device, a damaged refcount structure) it is
+//! repaired first, which is the one thing that writes here. Everything that the format lets us judge cheaply is judged now: the header, the places of
 //! the L1 table, the refcount table and the snapshot table, and that they do not overlap. L1 and L2
 //! entries are judged when they are used.
 
@@ -9,23 +12,23 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::active::{Active, L1State};
+use super::active::{Active, Drops, L1State};
 use super::allocator::{Allocator, AllocatorParts};
 use super::cache::store::Store;
 use super::check;
 use super::error::{Error, ErrorKind};
 use super::header_owner::HeaderOwner;
-use super::layer::{Layer, LayerKind, Mapping};
+use super::layer::{Layer, LayerKind, LostData, Mapping};
 use super::order::FlushGate;
 use super::pin::PinBoard;
 use super::protected::Protected;
-use super::snapshot::{Snapshots, Table};
+use super::snapshot::{Rebuild, Selector, Snapshots, Table};
 use super::taken::Taken;
 use super::{Image, State};
-use crate::format::geometry::Geometry;
+use crate::format::geometry::{Geometry, HOST_OFFSET_END};
 use crate::format::header::{CompressionType, Header};
 use crate::format::l1::L1Entry;
-use crate::format::refcount::RefcountTableEntry;
+use crate::format::refcount::{self, RefcountTableEntry};
 use crate::format::snapshot::{SnapshotEntry, decode_table};
 use crate::storage::{AlignedBuf, FileId, Storage};
 use crate::units::{HostOffset, SECTOR_SIZE, align_down, to_u64, to_usize};
@@ -38,6 +41,13 @@ const L2_CACHE_BYTES_DEFAULT_MAX: u64 = 256 << 20;
 const SLICE_BYTES_DEFAULT: u64 = 4096;
 /// Refcount block budget when none is given.
 const REFCOUNT_CACHE_BYTES_DEFAULT: u64 = 4 << 20;
+/// Guard gap behind an image that was not closed in order: an eighth of it, at least this many
+/// clusters ...
+const GUARD_GAP_CLUSTERS_MIN: u64 = 64;
+/// ... and at most this many bytes. It is a hole in the file.
+const GUARD_GAP_BYTES_MAX: u64 = 1 << 30;
+/// With more refcount blocks for clusters past the end of the file, the file was cut short.
+const BLOCKS_PAST_END_MAX: usize = 16;
 /// Bytes of the first read: enough for the fixed fields.
 const HEADER_PROBE: u64 = 512;
 
@@ -74,6 +84,8 @@ pub struct OpenOptions {
     pub l2_cache_entry_size: Option<u64>,
     /// Bytes of refcount blocks in memory; `None`: 4 MiB.
     pub refcount_cache_size: Option<u64>,
+    /// Show the disk as it is in this internal snapshot of the active layer; only read-only.
+    pub snapshot: Option<Selector>,
 }
 
 impl Default for OpenOptions {
@@ -85,6 +97,7 @@ impl Default for OpenOptions {
             l2_cache_size: None,
             l2_cache_entry_size: None,
             refcount_cache_size: None,
+            snapshot: None,
         }
     }
 }
@@ -99,6 +112,8 @@ struct Parsed {
     file_len: u64,
     /// Growth begins here or later: the end of the file, or of dangling entries past it.
     managed_end: u64,
+    /// The counts are not to be trusted.
+    untrusted: bool,
 }
 
 impl Image {
@@ -121,6 +136,20 @@ impl Image {
                 ),
             ));
         }
+        if options.snapshot.is_some() && !options.read_only {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "a snapshot can only be served read-only (--read-only)",
+            ));
+        }
+        if options.snapshot.is_some()
+            && specs.first().map(|spec| spec.format) == Some(LayerFormat::Raw)
+        {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "a raw image has no internal snapshots",
+            ));
+        }
         let board = Arc::new(PinBoard::new());
         let mut layers = Vec::with_capacity(specs.len());
         let mut write_side = None;
@@ -140,12 +169,11 @@ impl Image {
                     (len, LayerKind::Raw, None)
                 }
                 LayerFormat::Qcow2 => {
-                    let dangling_end = if read_only {
-                        0
+                    let parsed = if read_only {
+                        parse(storage, spec.file, true).await
                     } else {
-                        repair_if_dirty(storage, spec.file).await?
+                        parse_for_writing(storage, spec.file).await
                     };
-                    let parsed = parse(storage, spec.file, read_only).await;
                     let mut parsed = parsed.map_err(|error| {
                         if index == 0 {
                             error
@@ -166,14 +194,10 @@ impl Image {
                             ),
                         ));
                     }
-                    // Entries past the end of the file that a repair had to leave: nothing may ever
-                    // be allocated where they point, and what is there is not data.
-                    let geometry = parsed.header.geometry();
-                    let dangling =
-                        geometry.clusters_for(parsed.file_len)..geometry.clusters_for(dangling_end);
-                    if !dangling.is_empty() {
-                        parsed.protected.add(dangling);
-                        parsed.managed_end = dangling_end;
+                    if index == 0
+                        && let Some(selector) = &options.snapshot
+                    {
+                        show_snapshot(storage, spec.file, &mut parsed, selector).await?;
                     }
                     // Like QEMU: a partial last sector is not part of the disk.
                     let size = align_down(parsed.header.size, SECTOR_SIZE);
@@ -188,9 +212,9 @@ impl Image {
                 kind,
             });
             if index == 0
-                && let Some((header, _, _, snapshots)) = &parts
+                && let Some(parts) = &parts
             {
-                read_only_snapshots = snapshots.infos(header.size);
+                read_only_snapshots = parts.snapshots.infos(parts.header.size);
             }
             if index == 0 && !options.read_only {
                 write_side = parts;
@@ -269,12 +293,92 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
     })
 }
 
-/// An image that was not closed in order: its refcounts and copied flags are not to be trusted.
-/// Returns where the entries end that point past the end of the file; 0 if there are none.
-async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {
-    if !read_header(storage, file).await?.is_dirty() {
-        return Ok(0);
+/// Parses an image that will be written to. One that was not closed in order is served with
+/// untrusted counts, or repaired first where that cannot be.
+async fn parse_for_writing<S: Storage>(storage: &S, file: FileId) -> Result<Parsed, Error> {
+    let header = read_header(storage, file).await?;
+    if !header.is_dirty() {
+        return parse(storage, file, false).await;
     }
+    if storage.can_grow(file) && !header.is_corrupt() {
+        match parse(storage, file, false).await {
+            Ok(mut parsed) => {
+                if let Some(end) = untrusted_end(storage, file, &parsed).await? {
+                    log::info!(
+                        "the image was not closed in order: its refcounts are rebuilt while it is \
+                         served"
+                    );
+                    parsed.untrusted = true;
+                    parsed.managed_end = end;
+                    return Ok(parsed);
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Io => return Err(error),
+            Err(error) => log::info!("repair before serving: {}", error.chain()),
+        }
+    }
+    let dangling_end = repair(storage, file).await?;
+    let mut parsed = parse(storage, file, false).await?;
+    // Entries past the end of the file that a repair had to leave: nothing may ever be allocated
+    // where they point, and what is there is not data.
+    parsed.managed_end = parsed.managed_end.max(dangling_end);
+    Ok(parsed)
+}
+
+/// Where clusters may be taken in an image that was not closed in order: past the end of the file,
+/// and past what lost entries may point to. `None`: the refcount structure and the L1 table do not
+/// look as if the file had all its clusters but the last few.
+async fn untrusted_end<S: Storage>(
+    storage: &S,
+    file: FileId,
+    parsed: &Parsed,
+) -> Result<Option<u64>, Error> {
+    let geometry = parsed.header.geometry();
+    let clusters = geometry.clusters_for(parsed.file_len);
+    let past_end = |raw: &u64| {
+        L1Entry(*raw)
+            .table_offset()
+            .is_some_and(|table| table.get() >= parsed.file_len)
+    };
+    if clusters > check::CLUSTERS_MAX || parsed.l1.iter().any(past_end) {
+        return Ok(None);
+    }
+    let per_block = geometry.refcount_block_entries();
+    let last_block = clusters.saturating_sub(1) / per_block;
+    let named = |block: &u64| {
+        let entry = usize::try_from(*block)
+            .ok()
+            .and_then(|index| parsed.refcount_table.get(index));
+        entry.copied().filter(|entry| *entry != 0)
+    };
+    let later: Vec<(u64, u64)> = (last_block..to_u64(parsed.refcount_table.len()))
+        .filter_map(|block| Some((block, named(&block)?)))
+        .collect();
+    if later.len() > BLOCKS_PAST_END_MAX {
+        return Ok(None);
+    }
+    // A cluster that was counted may be named: one that lay past the end is lost.
+    let mut counted_end = clusters;
+    for (block, offset) in later {
+        let bytes = geometry.cluster_size();
+        let counts = read(storage, file, offset, bytes, "refcount block").await?;
+        let last = (0..per_block)
+            .rev()
+            .find(|index| refcount::get(&counts, geometry.refcount_order(), to_usize(*index)) != 0);
+        if let Some(last) = last {
+            counted_end = counted_end.max(block * per_block + last + 1);
+        }
+    }
+    let gap = (clusters / 8)
+        .min(GUARD_GAP_BYTES_MAX >> geometry.cluster_bits())
+        .max(GUARD_GAP_CLUSTERS_MIN);
+    let end = (counted_end + gap).checked_mul(geometry.cluster_size());
+    Ok(end.filter(|end| *end < HOST_OFFSET_END))
+}
+
+/// Repairs an image that was not closed in order, before it is served. Returns where the entries
+/// end that point past the end of the file; 0 if there are none.
+async fn repair<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {
     log::info!("the image was not closed in order: repairing it before it is served");
     let report = check::repair_dirty(storage, file).await?;
     log::info!(
@@ -289,6 +393,35 @@ async fn repair_if_dirty<S: Storage>(storage: &S, file: FileId) -> Result<u64, E
         );
     }
     Ok(report.dangling_end)
+}
+
+/// Puts the tree of an internal snapshot in the place of the active one.
+async fn show_snapshot<S: Storage>(
+    storage: &S,
+    file: FileId,
+    parsed: &mut Parsed,
+    selector: &Selector,
+) -> Result<(), Error> {
+    let Some(entry) = parsed
+        .snapshots
+        .find(selector)
+        .and_then(|index| parsed.snapshots.entries.get(index))
+    else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("the image has no snapshot {selector}"),
+        ));
+    };
+    let geometry = parsed.header.geometry();
+    parsed.header.size = entry.disk_size().unwrap_or(parsed.header.size);
+    // What lies past the end of the disk is VM state.
+    let l1_used = geometry
+        .l1_entries_for(parsed.header.size)
+        .min(u64::from(entry.l1_size));
+    let offset = entry.l1_offset.get();
+    let l1 = read(storage, file, offset, l1_used * 8, "snapshot's L1 table").await?;
+    parsed.l1 = words(&l1).collect();
+    Ok(())
 }
 
 async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result<Parsed, Error> {
@@ -383,6 +516,7 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
         protected,
         file_len,
         managed_end: file_len,
+        untrusted: false,
     })
 }
 
@@ -464,10 +598,27 @@ async fn snapshots<S: Storage>(
     }
 }
 
-type WriteParts = (Header, Vec<u64>, u64, Table);
+/// What an open image needs besides its mapping, to be written to.
+struct WriteParts {
+    header: Header,
+    refcount_table: Vec<u64>,
+    file_len: u64,
+    managed_end: u64,
+    snapshots: Table,
+    untrusted: bool,
+}
 
-fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
+fn mapping(mut parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     let geometry = parsed.header.geometry();
+    let start = geometry.clusters_for(parsed.file_len);
+    let lost = start..geometry.clusters_for(parsed.managed_end);
+    let lost = if lost.is_empty() {
+        LostData::NONE
+    } else {
+        parsed.protected.add(lost.clone());
+        let bytes = |cluster: u64| cluster << geometry.cluster_bits();
+        LostData::new(bytes(lost.start)..bytes(lost.end), parsed.untrusted)
+    };
     let slice_bytes = options
         .l2_cache_entry_size
         .unwrap_or(SLICE_BYTES_DEFAULT)
@@ -480,22 +631,23 @@ fn mapping(parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
         slice_bits: slice_bytes.ilog2(),
         protected: Arc::new(Mutex::new(parsed.protected)),
         host_end: AtomicU64::new(parsed.file_len),
+        lost,
     };
-    (
-        mapping,
-        (
-            parsed.header,
-            parsed.refcount_table,
-            parsed.managed_end,
-            parsed.snapshots,
-        ),
-    )
+    let parts = WriteParts {
+        header: parsed.header,
+        refcount_table: parsed.refcount_table,
+        file_len: parsed.file_len,
+        managed_end: parsed.managed_end,
+        snapshots: parsed.snapshots,
+        untrusted: parsed.untrusted,
+    };
+    (mapping, parts)
 }
 
 fn active<S: Storage>(
     storage: &S,
     layer: &Layer,
-    (header, table, file_len, snapshots): WriteParts,
+    parts: WriteParts,
     options: &OpenOptions,
     board: &Arc<PinBoard>,
     store: &Arc<Store>,
@@ -503,12 +655,15 @@ fn active<S: Storage>(
     let LayerKind::Qcow2(mapping) = &layer.kind else {
         unreachable!("only a qcow2 layer has a header");
     };
+    let WriteParts {
+        header, untrusted, ..
+    } = parts;
     let owned_since = mapping
         .l1
         .iter()
         .map(|raw| L1Entry(raw.load(Ordering::Relaxed)))
         .map(|entry| {
-            if entry.copied() {
+            if entry.copied() && !untrusted {
                 board.generation()
             } else {
                 0
@@ -525,22 +680,30 @@ fn active<S: Storage>(
         );
     }
     let l1_offset = header.l1_table_offset.get();
+    let disk_size = header.size;
+    let mut snapshots = Snapshots::new(parts.snapshots, disk_size);
+    let mut drops = Drops::default();
+    if untrusted {
+        let key = snapshots.next_key();
+        drops.freeze(key);
+        snapshots.begin_rebuild(Rebuild::new(key, &header, mapping, parts.file_len));
+    }
     let parts = AllocatorParts {
         geometry: mapping.geometry,
         file: layer.file,
         slice_bits: mapping.slice_bits,
-        table,
+        table: parts.refcount_table,
         table_offset: header.refcount_table_offset.get(),
         table_clusters: header.refcount_table_clusters,
         protected: Arc::clone(&mapping.protected),
-        file_len,
+        file_len: parts.managed_end,
+        untrusted,
         can_grow: storage.can_grow(layer.file),
         discard: options.discard,
         cache_bytes: options
             .refcount_cache_size
             .unwrap_or(REFCOUNT_CACHE_BYTES_DEFAULT),
     };
-    let disk_size = header.size;
     let header = Arc::new(HeaderOwner::new(layer.file, header));
     let allocator = Allocator::new(
         parts,
@@ -555,8 +718,8 @@ fn active<S: Storage>(
         taken_tables: Arc::new(Taken::default()),
         taken: Arc::new(Taken::default()),
         allocator,
-        drops: Mutex::default(),
-        snapshots: Snapshots::new(snapshots, disk_size),
+        drops: Mutex::new(drops),
+        snapshots,
         disk_size,
         header,
         clear_autoclear,

@@ -80,6 +80,8 @@ pub(crate) enum Rule {
     ZeroNewTable,
     /// A hole is punched before the cluster can be reused.
     PunchBeforeReuse,
+    /// A request pins after it was submitted (in the device: after the avail index was read).
+    PinAfterAvail,
     /// Old bytes are copied only once requests from before the freeze are done.
     GraceBeforeCopy,
     /// A snapshot is committed only once requests from before the freeze are done.
@@ -123,7 +125,8 @@ impl Rule {
 #[cfg(test)]
 impl Rule {
     /// The rules that only snapshots need.
-    pub(crate) const SNAPSHOT: [Self; 8] = [
+    pub(crate) const SNAPSHOT: [Self; 9] = [
+        Self::PinAfterAvail,
         Self::GraceBeforeCopy,
         Self::GraceBeforeCommit,
         Self::RaiseUnderL1Lock,

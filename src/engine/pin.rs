@@ -18,13 +18,12 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex};
 
 use crossbeam_utils::CachePadded;
 use event_listener::Event;
 
 use super::error::lock;
+use super::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 
 /// Published by a worker that serves nothing.
 const NO_PIN: u64 = u64::MAX;

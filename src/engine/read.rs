@@ -194,12 +194,12 @@ impl<S: Storage> Worker<S> {
         let inside = geometry.offset_in_cluster(position);
         let mut run = (cluster_size - inside).min(len);
         let guest = GuestOffset::new(position);
-        let first = mapping.cluster(guest, slice.body.entry(place.index))?;
+        let first = mapping.cluster(table, guest, slice.body.entry(place.index))?;
         let mut next = place.index + 1;
         while run < len && next < slice.body.len() {
             let guest = GuestOffset::new(position + run);
             // A bad entry ends the run; its own turn will tell.
-            let Ok(cluster) = mapping.cluster(guest, slice.body.entry(next)) else {
+            let Ok(cluster) = mapping.cluster(table, guest, slice.body.entry(next)) else {
                 break;
             };
             let follows = match (first, cluster) {

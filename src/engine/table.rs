@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::active::{Active, Dropped};
 use super::cache::SliceKey;
 use super::cache::slice::SliceBody;
-use super::error::{Error, lock};
+use super::error::{Error, ErrorKind, lock};
 use super::layer::{EntryPlace, Layer, Mapping};
 use super::order::keeps;
 use super::pin::PinGuard;
@@ -158,6 +158,21 @@ impl<S: Storage> Worker<S> {
             };
             old_slices.push(self.slice(layer, mapping, old, &place).await?);
             at += mapping.slice_bytes();
+        }
+        for slice in old_slices.iter().filter(|slice| slice.body.is_suspicious()) {
+            for index in 0..slice.body.len() {
+                let entry = slice.body.entry(index);
+                if mapping.misleads(old, entry) {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "the L2 table at {old} points far past the end of the file, which was \
+                             cut short ({:#018x})",
+                            entry.0
+                        ),
+                    ));
+                }
+            }
         }
         let host = self.new_table_cluster(target).await?;
         let new_slices = self.new_slices(layer, mapping, host, &old_slices);

@@ -294,7 +294,7 @@ impl<S: Storage> Worker<S> {
     /// The body of a slice that the file holds as `bytes`.
     pub(crate) fn new_body(mapping: &Mapping, key: SliceKey, bytes: &[u8]) -> Arc<SliceBody> {
         let raw = |chunk: &[u8]| chunk.try_into().map_or(0, u64::from_be_bytes);
-        let suspicious = mapping.is_suspicious(bytes.chunks_exact(8).map(raw));
+        let suspicious = mapping.is_suspicious(key.host_offset(), bytes.chunks_exact(8).map(raw));
         let entries = bytes.chunks_exact(8).map(raw).map(AtomicU64::new).collect();
         Arc::new(SliceBody::new(key, entries, suspicious))
     }

@@ -117,7 +117,7 @@ impl<S: Storage> Worker<S> {
                 .look(target, pin, offset + done, sg.len() - done)
                 .await?;
             done += self
-                .write_span(&span, offset + done, &sg.slice(done, sg.len() - done))
+                .write_span(&span, pin, offset + done, &sg.slice(done, sg.len() - done))
                 .await?;
             drop(span);
             self.relieve().await?;
@@ -176,6 +176,7 @@ impl<S: Storage> Worker<S> {
     async fn write_span(
         &self,
         span: &Span<'_, '_>,
+        pin: &mut PinGuard,
         position: u64,
         sg: &SgList,
     ) -> Result<u64, Error> {
@@ -195,6 +196,11 @@ impl<S: Storage> Worker<S> {
             self.write_host(span.target.layer.file, host + inside, sg.slice(0, len))
                 .await?;
             return Ok(len);
+        }
+        // What cannot go in place belongs to the present generation: it waits for the grace of that
+        // one where it has to wait.
+        if pin.renew() {
+            return Ok(0);
         }
         if let Cluster::ZeroAllocated { host, copied: true } = first {
             let len = (cluster_size - inside).min(sg.len());
@@ -424,7 +430,7 @@ impl<S: Storage> Worker<S> {
             let old = body.entry(at);
             let guest =
                 GuestOffset::new(span.start + to_u64(index) * mapping.geometry.cluster_size());
-            let cluster = mapping.cluster(guest, old)?;
+            let cluster = mapping.cluster(span.table, guest, old)?;
             let Some(entry) = change(index, cluster) else {
                 continue;
             };
@@ -436,7 +442,7 @@ impl<S: Storage> Worker<S> {
             self.image.store.mark_modified_locked(body, &mut state);
             body.set_entry_locked(&mut state, at, entry);
             let keeps = matches!(
-                (cluster, mapping.cluster(guest, entry)),
+                (cluster, mapping.cluster(span.table, guest, entry)),
                 (
                     Cluster::Standard { host: old, .. } | Cluster::ZeroAllocated { host: old, .. },
                     Ok(Cluster::Standard { host: new, .. }
@@ -489,7 +495,8 @@ impl Span<'_, '_> {
     pub(crate) fn cluster(&self, index: usize) -> Result<Cluster, Error> {
         let mapping = self.target.mapping;
         let guest = GuestOffset::new(self.start + to_u64(index) * mapping.geometry.cluster_size());
-        mapping.cluster(guest, self.entries.get(index).copied().unwrap_or_default())
+        let entry = self.entries.get(index).copied().unwrap_or_default();
+        mapping.cluster(self.table, guest, entry)
     }
 
     /// Does a write of `len` bytes from `inside` the first cluster need bytes of clusters that were

@@ -2,10 +2,10 @@
 //! is lost, mixed up, or written where it should not be.
 
 use crate::kit::chaos::{self, Initial};
-use crate::kit::disk::{ConnectOptions, Disk, Kind, Queue, STATUS_OK, Segment, Waiter};
+use crate::kit::disk::{ConnectOptions, Disk, Kind, Queue, STATUS_OK, Waiter, Watchdog};
 use crate::kit::verify;
 use crate::support::command::{LIMIT, run_command};
-use crate::support::driver::{Driver, IN, OK, OUT, WRITE};
+use crate::support::driver::{DATA, Driver, IN, OK, OUT, WRITE};
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const TOOLS: &[&str] = &["qemu-img", "qemu-io"];
@@ -71,7 +71,11 @@ impl Scene {
             let changed = std::os::unix::fs::MetadataExt::mtime_nsec(&metadata);
             // The image itself is flushed before it is known whether the snapshot can be had.
             let is_image = entry.path() == self.image;
-            let known = if is_image { (0, 0) } else { (metadata.len(), changed) };
+            let known = if is_image {
+                (0, 0)
+            } else {
+                (metadata.len(), changed)
+            };
             found.insert(entry.path(), known);
         }
         Ok(found)
@@ -83,11 +87,7 @@ fn snapshot(client: &mut Qmp, arguments: &Value) -> Result<Result<(), String>, F
     command(client, "blockdev-snapshot-sync", arguments)
 }
 
-fn command(
-    client: &mut Qmp,
-    name: &str,
-    arguments: &Value,
-) -> Result<Result<(), String>, Failure> {
+fn command(client: &mut Qmp, name: &str, arguments: &Value) -> Result<Result<(), String>, Failure> {
     let line = json!({ "execute": name, "arguments": arguments });
     client.send(format!("{line}\n").as_bytes())?;
     let answer = client.answer()?;
@@ -170,7 +170,7 @@ fn work_and_snapshot(way: &Way) -> Result<(), Failure> {
         let mut under_load = 0;
         let worked = thread::scope(|scope| {
             let work = scope.spawn(|| chaos::run(&options));
-            let snapshots = || -> Result<(), Failure> {
+            let mut snapshots = || -> Result<(), Failure> {
                 let mut client = scene.client()?;
                 for number in 0..5 {
                     if number == 2 {
@@ -232,7 +232,11 @@ fn the_chain_is_shown_with_names_that_stay() -> Result<(), Failure> {
         .map(|node| (node["node-name"].as_str(), node["file"].as_str()))
         .collect();
     let names: Vec<_> = shown.iter().map(|(name, _)| *name).collect();
-    assert_eq!(names, ["third", "second", "#block001", "disk0"].map(Some), "{nodes}");
+    assert_eq!(
+        names,
+        ["third", "second", "#block001", "disk0"].map(Some),
+        "{nodes}"
+    );
     assert_eq!(shown[0].1, three.to_str());
     assert_eq!(shown[3].1, scene.image.to_str());
     let block = client.execute("query-block")?;
@@ -308,7 +312,7 @@ fn every_backing_file_is_a_prefix_of_what_was_written() -> Result<(), Failure> {
     let mut files = vec![scene.image.clone()];
     let written = thread::scope(|scope| {
         let writer = scope.spawn(|| write_counters(&server.socket, &stop));
-        let snapshots = || -> Result<(), Failure> {
+        let mut snapshots = || -> Result<(), Failure> {
             let mut client = scene.client()?;
             for number in 0..PREFIX_SNAPSHOTS {
                 let file = scene.path(&format!("{number}.qcow2"));
@@ -351,7 +355,9 @@ fn every_backing_file_is_a_prefix_of_what_was_written() -> Result<(), Failure> {
         }
     }
     ensure(grown > 0, || "nothing was written between snapshots".into())?;
-    ensure(written == last, || format!("{written:?} were written, {last:?} are there"))
+    ensure(written == last, || {
+        format!("{written:?} were written, {last:?} are there")
+    })
 }
 
 /// Returns the last count of each stream when it is told to stop.
@@ -359,7 +365,7 @@ fn write_counters(
     socket: &Path,
     stop: &std::sync::atomic::AtomicBool,
 ) -> Result<Vec<u64>, Failure> {
-    let (_disk, mut queues) = Disk::connect(&ConnectOptions {
+    let (disk, mut queues) = Disk::connect(&ConnectOptions {
         queues: 2,
         ..ConnectOptions::new(socket)
     })?;
@@ -369,25 +375,26 @@ fn write_counters(
     // A stream uses the slot of its number on both queues.
     let submit = |queue: &mut Queue, stream: usize, base: u64, count: u64| -> Result<(), Failure> {
         queue.write_slot(stream, 0, &stamp(count));
-        let segment = Segment {
-            sector: base + stream as u64 * 128,
-            sectors: 1,
-            unmap: false,
-        };
-        queue.submit(stream, Kind::Write, segment.sector, &[(0, 512)])?;
+        let sector = base + stream as u64 * 128;
+        queue.submit(stream, Kind::Write, sector, &[512])?;
         Ok(queue.kick()?)
     };
     for stream in 0..streams {
         submit(&mut queues[0], stream, 0, 1)?;
     }
     let mut busy = streams;
+    let mut watchdog = Watchdog::new();
     let mut completed = Vec::new();
     while busy > 0 {
-        waiter.wait(&mut queues, 20_000)?;
+        waiter.wait(&mut queues, 100)?;
+        watchdog.check(&disk, busy)?;
         for index in 0..2 {
             queues[index].reap(&mut completed)?;
             for done in completed.drain(..) {
-                ensure(done.status == STATUS_OK, || format!("status {}", done.status))?;
+                watchdog.progress(Instant::now());
+                ensure(done.status == STATUS_OK, || {
+                    format!("status {}", done.status)
+                })?;
                 let count = &mut counts[done.slot];
                 if index == 0 {
                     submit(&mut queues[1], done.slot, SECOND, *count)?;
@@ -401,4 +408,359 @@ fn write_counters(
         }
     }
     Ok(counts)
+}
+
+/// What is refused, and a part of what is said.
+struct Refusal {
+    name: &'static str,
+    file: &'static str,
+    /// More arguments.
+    more: Value,
+    says: &'static str,
+}
+
+#[test]
+fn what_cannot_be_had_is_refused_and_changes_nothing() -> Result<(), Failure> {
+    if !have_tools("what_cannot_be_had_is_refused_and_changes_nothing", TOOLS) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let elsewhere = TempDir::with_prefix_in("qblkd-", env!("CARGO_TARGET_TMPDIR"))?;
+    let outside = elsewhere.path().join("x.qcow2");
+    fs::write(&outside, "not to be touched")?;
+    fs::write(scene.path("there.qcow2"), "not to be touched")?;
+    symlink(&outside, scene.path("leads-out.qcow2"))?;
+    symlink(
+        elsewhere.path().join("nothing"),
+        scene.path("dangling.qcow2"),
+    )?;
+    symlink(elsewhere.path(), scene.path("folder-out"))?;
+    fs::create_dir(scene.path("folder"))?;
+    fs::write(scene.path("other.qcow2"), "")?;
+    qemu::create(&scene.path("other.qcow2"), DISK_BYTES, "cluster_size=64k")?;
+    let overlay = |name: &str, backing: &str, format: &str, size: u64| {
+        let options = format!("backing_file={backing},backing_fmt={format}");
+        qemu::create(&scene.path(name), size, &options)
+    };
+    overlay("small.qcow2", "base.qcow2", "qcow2", DISK_BYTES / 2)?;
+    overlay("of-other.qcow2", "other.qcow2", "qcow2", DISK_BYTES)?;
+    overlay("as-raw.qcow2", "base.qcow2", "raw", DISK_BYTES)?;
+    let existing = json!({ "mode": "existing" });
+    let none = json!({});
+    let plain = |name, file, says| Refusal {
+        name,
+        file,
+        more: none.clone(),
+        says,
+    };
+    let there = |name, file, says| Refusal {
+        name,
+        file,
+        more: existing.clone(),
+        says,
+    };
+    let with = |name, more, says| Refusal {
+        name,
+        file: "new.qcow2",
+        more,
+        says,
+    };
+    let refusals = [
+        plain("outside", "../x.qcow2", "--snapshot-dir"),
+        plain("through a link", "folder-out/new.qcow2", "--snapshot-dir"),
+        plain("taken", "there.qcow2", "is there already"),
+        plain("a link is taken", "leads-out.qcow2", "is there already"),
+        plain("a dangling link", "dangling.qcow2", "is there already"),
+        plain("the image", "base.qcow2", "is there already"),
+        plain("a folder", "folder", "is there already"),
+        plain("no file", "folder/", "does not name a file"),
+        plain("no folder", "nowhere/new.qcow2", "No such file"),
+        there("not there", "new.qcow2", "No such file"),
+        there("not qcow2", "there.qcow2", "cannot use the image"),
+        there("existing outside", "leads-out.qcow2", "--snapshot-dir"),
+        there("existing folder", "folder", "it is a directory"),
+        there("the image itself", "base.qcow2", "part of the chain"),
+        there("no backing file", "other.qcow2", "names no backing file"),
+        there("another size", "small.qcow2", "virtual size"),
+        there(
+            "another image",
+            "of-other.qcow2",
+            "not the image that is served",
+        ),
+        there("another format", "as-raw.qcow2", "not of its format"),
+        with("raw", json!({ "format": "raw" }), "format qcow2"),
+        with("mode", json!({ "mode": "copy" }), "'mode'"),
+        with(
+            "name",
+            json!({ "snapshot-node-name": "1x" }),
+            "no node name",
+        ),
+        with(
+            "name taken",
+            json!({ "snapshot-node-name": "disk0" }),
+            "already",
+        ),
+        with("device", json!({ "device": "disk1" }), "disk1"),
+        with("surprise", json!({ "surprise": 1 }), "surprise"),
+    ];
+    let server = scene.serve(&scene.image)?;
+    let mut driver = Driver::connect(&server.socket)?;
+    let before = scene.listing()?;
+    let mut client = scene.client()?;
+    for refusal in &refusals {
+        let mut arguments = json!({ "device": "disk0" });
+        arguments["snapshot-file"] =
+            json!(format!("{}/{}", scene.dir.path().display(), refusal.file));
+        for (name, value) in refusal.more.as_object().ok_or("no object")? {
+            arguments[name] = value.clone();
+        }
+        let refused = snapshot(&mut client, &arguments)?;
+        let name = refusal.name;
+        let said = refused
+            .err()
+            .ok_or_else(|| format!("{name}: not refused"))?;
+        ensure(said.contains(refusal.says), || format!("{name}: {said}"))?;
+        ensure(scene.listing()? == before, || {
+            format!("{name}: {:?}", scene.listing())
+        })?;
+        assert_eq!(driver.request(OUT, 0, 4096, 0)?, OK, "{name}");
+    }
+    for file in ["nbd:localhost:1", "json:{}"] {
+        let arguments = json!({ "device": "disk0", "snapshot-file": file });
+        let said = snapshot(&mut client, &arguments)?
+            .err()
+            .ok_or("not refused")?;
+        ensure(said.contains("protocol"), || said)?;
+    }
+    assert_eq!(fs::read_to_string(&outside)?, "not to be touched");
+    // After all that the real thing still works.
+    take(&mut client, &scene.path("new.qcow2"))?;
+    assert_eq!(server.terminate()?.code()?, 0);
+    qemu::expect_check(&scene.image, &[CHECK_CLEAN])
+}
+
+#[test]
+fn a_folder_that_was_given_may_hold_the_overlay() -> Result<(), Failure> {
+    if !have_tools("a_folder_that_was_given_may_hold_the_overlay", TOOLS) {
+        return Ok(());
+    }
+    let mut scene = Scene::new("cluster_size=64k", &[])?;
+    let elsewhere = TempDir::with_prefix_in("qblkd-", env!("CARGO_TARGET_TMPDIR"))?;
+    scene.options = vec!["--snapshot-dir".into(), elsewhere.path().into()];
+    let server = scene.serve(&scene.image)?;
+    let overlay = elsewhere.path().join("overlay.qcow2");
+    take(&mut scene.client()?, &overlay)?;
+    let mut driver = Driver::connect(&server.socket)?;
+    assert_eq!(driver.request(OUT, 0, 4096, 0)?, OK);
+    drop(driver);
+    assert_eq!(server.terminate()?.code()?, 0);
+    // The backing file is in another folder: its whole path is stored, and a restart asks for leave.
+    let mut info = Command::new("qemu-img");
+    let info = qemu::json_of(info.args(["info", "--output=json"]).arg(&overlay))?;
+    assert_eq!(info["backing-filename"], json!(scene.image), "{info}");
+    let refused = scene
+        .serve(&overlay)
+        .err()
+        .ok_or("not refused")?
+        .to_string();
+    ensure(refused.contains("--backing-dir"), || refused)?;
+    scene.options = vec!["--backing-dir".into(), scene.dir.path().into()];
+    assert_eq!(scene.serve(&overlay)?.terminate()?.code()?, 0);
+    Ok(())
+}
+
+#[test]
+fn an_overlay_that_is_there_is_used_as_it_is() -> Result<(), Failure> {
+    if !have_tools("an_overlay_that_is_there_is_used_as_it_is", TOOLS) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let overlay = scene.path("overlay.qcow2");
+    let options = "backing_file=base.qcow2,backing_fmt=qcow2,cluster_size=4k";
+    qemu::create(&overlay, DISK_BYTES, options)?;
+    let mut io = Command::new("qemu-io");
+    run_command(io.args(["-c", "write -P 0x5a 8k 4k"]).arg(&overlay), LIMIT)?.success()?;
+    let server = scene.serve(&scene.image)?;
+    let mut driver = Driver::connect(&server.socket)?;
+    let existing = json!({ "device": "disk0", "snapshot-file": overlay, "mode": "existing" });
+    snapshot(&mut scene.client()?, &existing)??;
+    // What it holds shows through, as with QEMU.
+    assert_eq!(driver.request(IN, 16, 512, WRITE)?, OK);
+    let data = usize::try_from(DATA)?;
+    assert_eq!(driver.snapshot()?[data..data + 512], [0x5a; 512]);
+    assert_eq!(driver.request(OUT, 8, 4096, 0)?, OK);
+    drop(driver);
+    assert_eq!(server.terminate()?.code()?, 0);
+    qemu::expect_check(&overlay, &[CHECK_CLEAN])?;
+    qemu::expect_check(&scene.image, &[CHECK_CLEAN])
+}
+
+/// Whether a tool may do something to a file that is served.
+fn may(program: &str, words: &[&str], file: &Path) -> Result<bool, Failure> {
+    let mut command = Command::new(program);
+    Ok(run_command(command.args(words).arg(file), LIMIT)?
+        .status
+        .success())
+}
+
+#[test]
+fn the_overlay_is_locked_and_the_old_image_may_be_read() -> Result<(), Failure> {
+    if !have_tools("the_overlay_is_locked_and_the_old_image_may_be_read", TOOLS) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let overlay = scene.path("overlay.qcow2");
+    let server = scene.serve(&scene.image)?;
+    let write = ["-c", "write 0 4k"];
+    assert!(!may("qemu-img", &["info"], &scene.image)?);
+    take(&mut scene.client()?, &overlay)?;
+    assert!(may("qemu-img", &["info"], &scene.image)?);
+    assert!(may("qemu-img", &["check"], &scene.image)?);
+    assert!(!may("qemu-io", &write, &scene.image)?);
+    assert!(!may("qemu-img", &["info"], &overlay)?);
+    assert!(may("qemu-img", &["info", "-U"], &overlay)?);
+    assert!(!may("qemu-io", &write, &overlay)?);
+    let socket = scene.path("second.sock");
+    let second = |read_only: &[&str], file: &Path| -> Result<String, Failure> {
+        let mut second = Command::new(QBLKD);
+        second.args(read_only).arg("--socket-path").arg(&socket);
+        let refused = run_command(second.arg("--blk-file").arg(file), LIMIT)?;
+        assert_ne!(refused.code()?, 0);
+        Ok(refused.stderr)
+    };
+    for (options, file) in [
+        (&[][..], &scene.image),
+        (&[], &overlay),
+        (&["--read-only"], &overlay),
+    ] {
+        let said = second(options, file)?;
+        ensure(said.contains("in use"), || said)?;
+    }
+    assert_eq!(server.terminate()?.code()?, 0);
+    assert!(may("qemu-io", &write, &overlay)?);
+    Ok(())
+}
+
+#[test]
+fn a_kill_right_after_the_answer_loses_nothing() -> Result<(), Failure> {
+    if !have_tools("a_kill_right_after_the_answer_loses_nothing", TOOLS) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let mut active = scene.image.clone();
+    let mut initial = Initial::Zero;
+    for round in 0..6 {
+        let state = scene.path(&format!("state-{round}"));
+        let server = scene.serve(&active)?;
+        let options = chaos::Options {
+            seed: round,
+            initial: initial.clone(),
+            state_out: Some(state.clone()),
+            ..chaos::Options::new(&server.socket, 2, RUN_LIMIT)
+        };
+        let report = thread::scope(|scope| {
+            let work = scope.spawn(|| chaos::run(&options));
+            let mut killed = || -> Result<(), Failure> {
+                let mut client = scene.client()?;
+                for number in 0..2 {
+                    wait_for_writes(&mut client, 200)?;
+                    active = scene.path(&format!("{round}-{number}.qcow2"));
+                    take(&mut client, &active)?;
+                }
+                server.signal("KILL")
+            };
+            let killed = killed();
+            let report = work.join().map_err(|panic| format!("client: {panic:?}"))?;
+            killed?;
+            Ok::<_, Failure>(report?)
+        })?;
+        ensure(report.server_gone, || format!("not killed: {report:?}"))?;
+        drop(server);
+        qemu::wait_for_lock(&active)?;
+        for entry in fs::read_dir(scene.dir.path())? {
+            let file = entry?.path();
+            if file.extension() == Some(OsStr::new("qcow2")) {
+                qemu::expect_check(&file, &[CHECK_CLEAN, CHECK_LEAKS])?;
+            }
+        }
+        let server = scene.serve(&active)?;
+        let pinned = scene.path("pinned");
+        verify::run(&verify::Options {
+            connect: ConnectOptions::new(&server.socket),
+            state,
+            pin: Some(pinned.clone()),
+            model_out: None,
+        })?;
+        assert_eq!(server.terminate()?.code()?, 0);
+        initial = Initial::State(pinned);
+    }
+    Ok(())
+}
+
+/// Waits until the server has completed so many writes since it was asked first.
+fn wait_for_writes(client: &mut Qmp, count: u64) -> Result<(), Failure> {
+    let mut written = || -> Result<u64, Failure> {
+        let stats = client.execute("query-blockstats")?;
+        let writes = &stats[0]["stats"]["wr_operations"];
+        Ok(writes
+            .as_u64()
+            .ok_or_else(|| format!("no count: {stats}"))?)
+    };
+    let from = written()?;
+    let started = Instant::now();
+    while written()? < from + count {
+        ensure(started.elapsed() < RUN_LIMIT, || "no writes".into())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn front_ends_come_and_go_while_snapshots_are_taken() -> Result<(), Failure> {
+    if !have_tools("front_ends_come_and_go_while_snapshots_are_taken", TOOLS) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let server = scene.serve(&scene.image)?;
+    // Nobody is connected: nothing to wait for.
+    take(&mut scene.client()?, &scene.path("first.qcow2"))?;
+    let mut active = PathBuf::new();
+    let rounds = thread::scope(|scope| {
+        let (stop, told) = std::sync::mpsc::channel::<()>();
+        let socket = &server.socket;
+        let guests = scope.spawn(move || -> Result<u32, String> {
+            let mut rounds = 0;
+            while matches!(told.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty)) {
+                let mut driver = Driver::connect(socket).map_err(|error| error.to_string())?;
+                let mut request = |kind, sector, flags| {
+                    let status = driver.request(kind, sector, 4096, flags);
+                    status.map_err(|error| error.to_string())
+                };
+                for sector in 0..8 {
+                    if request(OUT, sector * 8, 0)? != OK || request(IN, sector * 8, WRITE)? != OK {
+                        return Err(format!("round {rounds}: bad status"));
+                    }
+                }
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        let mut snapshots = || -> Result<(), Failure> {
+            let mut client = scene.client()?;
+            for number in 0..20 {
+                active = scene.path(&format!("{number}.qcow2"));
+                take(&mut client, &active)?;
+            }
+            Ok(())
+        };
+        let taken = snapshots();
+        drop(stop);
+        let rounds = guests.join().map_err(|panic| format!("{panic:?}"))?;
+        taken?;
+        Ok::<_, Failure>(rounds?)
+    })?;
+    ensure(rounds > 1, || format!("{rounds} front-ends came"))?;
+    // The server still has them all open; one more, and the end while nobody is there.
+    assert_eq!(server.terminate()?.code()?, 0);
+    qemu::expect_check(&active, &[CHECK_CLEAN])?;
+    qemu::expect_check(&scene.image, &[CHECK_CLEAN])
 }

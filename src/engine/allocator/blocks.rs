@@ -163,6 +163,44 @@ impl Blocks {
         })
     }
 
+    /// Passes the counts of a resident block through `change`, which gets cluster and count. Where one
+    /// differs the block lags behind, and it is `Some(true)`. `None`: not resident.
+    pub(super) fn change_counts(
+        &mut self,
+        block: u64,
+        change: impl Fn(u64, u64) -> u64,
+    ) -> Option<bool> {
+        let order = self.geometry.refcount_order();
+        let entries = self.geometry.refcount_block_entries();
+        let clusters = block * entries..(block + 1) * entries;
+        let counts = self.peek(block)?;
+        let changed: Vec<(usize, u64)> = clusters
+            .enumerate()
+            .filter_map(|(index, cluster)| {
+                let old = refcount::get(counts, order, index);
+                let new = change(cluster, old);
+                (new != old).then_some((index, new))
+            })
+            .collect();
+        if changed.is_empty() {
+            return Some(false);
+        }
+        let counts = self.lag(block)?;
+        for (index, count) in changed {
+            refcount::set(counts, order, index, count);
+        }
+        Some(true)
+    }
+
+    /// No cluster of the block from `end` on is counted any more. False: it is not resident.
+    pub(super) fn clear_counts(&mut self, block: u64, end: u64) -> bool {
+        self.change_counts(
+            block,
+            |cluster, count| if cluster < end { count } else { 0 },
+        )
+        .is_some()
+    }
+
     /// The bytes of a resident block, for the background work.
     pub(super) fn peek(&self, block: u64) -> Option<&[u8]> {
         self.resident.get(block).map(|resident| &*resident.data)

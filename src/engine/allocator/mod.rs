@@ -15,12 +15,16 @@
 //! Invariants: a bit is set only for a cluster that is below `end`, has refcount 0, is reserved by
 //! nobody, is not protected and not quarantined. `fresh_from` bounds clusters that were never
 //! handed out since the file grew: they read as zeroes.
+//!
+//! The counts of an image that was not closed in order are not to be trusted below `untrusted_end`
+//! until a rebuild has written them (see `untrusted`).
 
 mod background;
 mod blocks;
 mod contiguous;
 mod free_map;
 mod grow;
+mod untrusted;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -29,6 +33,7 @@ use event_listener::Event;
 
 use self::blocks::Blocks;
 use self::free_map::FreeMaps;
+use super::active::Dropped;
 use super::cache::SliceKey;
 use super::cache::store::Store;
 use super::error::{Error, ErrorKind, lock};
@@ -86,6 +91,8 @@ pub(crate) struct AllocatorParts {
     pub(crate) discard: bool,
     /// Budget for refcount blocks in bytes.
     pub(crate) cache_bytes: u64,
+    /// No count of a cluster below `file_len` can be trusted.
+    pub(crate) untrusted: bool,
 }
 
 /// Clusters without references that may still be in use.
@@ -127,6 +134,11 @@ struct State {
     end: u64,
     /// `end` at open: the file is never cut below it.
     end_at_open: u64,
+    /// Clusters below this may be counted wrong: none of them is free, and references to them are
+    /// not taken away but withheld. 0 where all counts are right.
+    untrusted_end: u64,
+    /// References that were given up while the counts could not be trusted.
+    withheld: Vec<Dropped>,
     /// Where the refcount table is.
     table_offset: u64,
     table_clusters: u32,
@@ -177,6 +189,8 @@ impl Allocator {
                 free: FreeMaps::default(),
                 end,
                 end_at_open: end,
+                untrusted_end: if parts.untrusted { end } else { 0 },
+                withheld: Vec::new(),
                 table_offset: parts.table_offset,
                 table_clusters: parts.table_clusters,
                 fresh_from: u64::MAX,
@@ -296,7 +310,8 @@ impl Allocator {
         result
     }
 
-    /// Takes one reference away from each cluster. Their unlinking must be durable.
+    /// Takes one reference away from each cluster, now or as soon as its count can be trusted. Their
+    /// unlinking must be durable.
     ///
     /// # Errors
     /// `Corrupt` when a count is zero already.
@@ -308,6 +323,7 @@ impl Allocator {
         epoch: u64,
         tables: bool,
     ) -> Result<(), Error> {
+        let (start, count) = self.withhold(start, count, tables);
         self.update(storage, start, count, |cluster, refcount, quarantine| {
             let Some(less) = refcount.checked_sub(1) else {
                 return Err(Error::new(
@@ -464,6 +480,7 @@ impl Allocator {
     fn learn(&self, state: &mut State, block: u64) {
         let entries = self.geometry.refcount_block_entries();
         let clusters = block * entries..((block + 1) * entries).min(state.end);
+        let untrusted_end = state.untrusted_end;
         let Some(counts) = state.blocks.peek(block) else {
             return;
         };
@@ -472,7 +489,8 @@ impl Allocator {
             let protected: Vec<_> = lock(&self.protected).within(&clusters).cloned().collect();
             state.free.learn(block, clusters, |cluster| {
                 let index = usize::try_from(cluster % entries).unwrap_or(0);
-                refcount::get(counts, order, index) == 0
+                cluster >= untrusted_end
+                    && refcount::get(counts, order, index) == 0
                     && !protected.iter().any(|range| range.contains(&cluster))
             });
         }
@@ -541,6 +559,10 @@ impl State {
 
     /// The next block whose free clusters are not known, lowest first.
     fn next_scan(&self, entries: u64) -> Option<u64> {
+        if self.untrusted_end > 0 {
+            // All that may be used is what growth has added, and that is known.
+            return None;
+        }
         self.free.first_unknown(self.end.div_ceil(entries))
     }
 }

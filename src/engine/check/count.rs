@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use crate::units::{to_u64, to_usize};
 
 /// Most host clusters that a check handles: QEMU's own limit for the same task.
-pub(super) const CLUSTERS_MAX: u64 = 1 << 31;
+pub(in crate::engine) const CLUSTERS_MAX: u64 = 1 << 31;
 
 /// Clusters in a chunk, as a power of two.
 const CHUNK_BITS: u32 = 12;
@@ -84,6 +84,23 @@ impl RefCounts {
             Some(Some(_)) => self.large.get(&cluster).copied().unwrap_or(0),
             _ => 0,
         }
+    }
+
+    /// The first cluster with more than `most` references.
+    pub(super) fn first_above(&self, most: u64) -> Option<u64> {
+        let small = u8::try_from(most).unwrap_or(SMALL_MAX).min(SMALL_MAX);
+        for (chunk, counts) in self.chunks.iter().enumerate() {
+            let Some(counts) = counts else { continue };
+            if counts.iter().all(|count| *count <= small) {
+                continue;
+            }
+            let first = to_u64(chunk) << CHUNK_BITS;
+            let mut clusters = first..first + to_u64(CHUNK_CLUSTERS);
+            if let Some(cluster) = clusters.find(|cluster| self.get(*cluster) > most) {
+                return Some(cluster);
+            }
+        }
+        None
     }
 
     /// One more than the highest cluster ever counted.
@@ -194,6 +211,25 @@ mod tests {
         counts.remove(7, 100_200);
         assert_eq!(counts.get(7), 55);
         assert_eq!(counts.small_chunk(0).unwrap().unwrap()[7], 55);
+    }
+
+    #[test]
+    fn the_first_count_above_a_limit_is_found() {
+        let mut counts = RefCounts::default();
+        counts.add(5000, 1);
+        counts.add(9000, 3);
+        counts.add(9001, 300);
+        let found = [0, 1, 2, 3, 255, 299, 300].map(|most| counts.first_above(most));
+        let expected = [
+            Some(5000),
+            Some(9000),
+            Some(9000),
+            Some(9001),
+            Some(9001),
+            Some(9001),
+            None,
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

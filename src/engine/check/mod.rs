@@ -19,10 +19,13 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
+pub(super) use count::CLUSTERS_MAX;
 pub use report::{Problem, Report, Severity};
+pub(super) use survey::{Counted, Piecemeal};
 
 use super::source::{Layout, Source};
 use crate::engine::error::{Error, ErrorKind};
+use crate::format::Header;
 use crate::storage::{FileId, Storage};
 
 /// What a check may change.
@@ -84,6 +87,22 @@ pub async fn check<S: Storage>(
         Repair::None => Ok(survey.report),
         _ => repair::repair(&mut source, header, survey, repair, progress).await,
     }
+}
+
+/// Finds out whether refcounts have room for another header, which names another active L1 table;
+/// with `raise` also makes the image ready for it, so that at worst counts are too high.
+///
+/// # Errors
+///
+/// `Unsupported` where there is no room, `Corrupt` for a damaged image; as [`check`].
+pub(super) async fn prepare_header<S: Storage>(
+    storage: &S,
+    file: FileId,
+    header: Header,
+    raise: bool,
+) -> Result<(), Error> {
+    let mut source = Source::new(storage, file)?;
+    repair::prepare_header(&mut source, header, raise).await
 }
 
 /// Repairs an image whose dirty bit is set, before it is served for writing.

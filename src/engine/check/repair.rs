@@ -93,6 +93,46 @@ pub(super) async fn repair<S: Storage>(
     Ok(report)
 }
 
+/// Makes an image ready for another header, which names another active L1 table: no count may be
+/// too low for that, no copied flag of that tree may be set. `raise`: does so, durably; otherwise
+/// only finds out whether refcounts have room.
+pub(super) async fn prepare_header<S: Storage>(
+    source: &mut Source<'_, S>,
+    header: Header,
+    raise: bool,
+) -> Result<(), Error> {
+    let found = survey(source, &Layout::new(&header), &mut |_| ()).await?;
+    let geometry = header.geometry();
+    if let Some(cluster) = found.refs.first_above(geometry.refcount_max()) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "host cluster {cluster:#x} would have {} references, more than its refcount of {} \
+                 bits can say: delete a snapshot first",
+                found.refs.get(cluster),
+                1_u32 << geometry.refcount_order()
+            ),
+        ));
+    }
+    if !found.references_trusted || found.rebuild_needed {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the image is damaged: repair it first (qblkd check --repair all)",
+        ));
+    }
+    if !raise {
+        return Ok(());
+    }
+    let mut repairer = Repairer {
+        geometry,
+        source,
+        header,
+        survey: found,
+    };
+    repairer.adjust(|found, wanted| found < wanted).await?;
+    repairer.fix_flags().await
+}
+
 impl<S: Storage> Repairer<'_, '_, S> {
     /// Steps 1 to 4.
     async fn steps(

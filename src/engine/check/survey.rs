@@ -12,6 +12,8 @@
 //! Memory: [`count`](super::count) for the clusters, 24 bytes for each L2 table, one L1 table (at
 //! most 32 MiB), the refcount table (at most 8 MiB), and one read of at most 4 MiB.
 
+mod piecemeal;
+
 use std::collections::{HashMap, HashSet};
 
 use super::count::{CHUNK_CLUSTERS, CLUSTERS_MAX, ClusterSet, RefCounts};
@@ -27,6 +29,8 @@ use crate::format::{
 };
 use crate::storage::{AlignedBuf, Storage};
 use crate::units::{HostCluster, HostOffset, to_u64, to_usize};
+
+pub(in crate::engine) use self::piecemeal::{Counted, Piecemeal};
 
 /// Longest single read of tables.
 const READ_BYTES: u64 = 4 << 20;
@@ -90,6 +94,8 @@ pub(super) struct Survey {
     pub(super) entry_flaws: u64,
     /// Corruptions that are wrong copied flags.
     pub(super) flag_errors: u64,
+    /// Corruptions that are snapshot table entries without all the data of their version.
+    pub(super) incomplete_snapshots: u64,
     /// Clusters of the refcount structure, as often as they were counted.
     pub(super) refcount_clusters: Vec<u64>,
     /// Metadata clusters that are also something else: a repair must not write into them.
@@ -101,6 +107,10 @@ struct Surveyor<'a, S> {
     source: &'a Source<'a, S>,
     layout: &'a Layout,
     geometry: Geometry,
+    /// Entries of the active L1 table that are not those of the file any more.
+    l1_at_open: &'a [u64],
+    /// The refcounts in the image are known, so that copied flags can be judged.
+    judges_flags: bool,
     out: Survey,
     /// Clusters whose refcount in the image is exactly one.
     singles: ClusterSet,
@@ -118,46 +128,9 @@ pub(super) async fn survey<S: Storage>(
     layout: &Layout,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Survey, Error> {
-    let geometry = layout.geometry;
-    let cluster_count = geometry.clusters_for(source.len);
-    if cluster_count > CLUSTERS_MAX {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "the image file has {cluster_count} clusters, a check handles at most \
-                 {CLUSTERS_MAX}"
-            ),
-        ));
-    }
-    let mut surveyor = Surveyor {
-        source,
-        layout,
-        geometry,
-        out: Survey {
-            report: Report {
-                total_clusters: geometry.clusters_for(layout.virtual_size),
-                ..Report::default()
-            },
-            refs: RefCounts::default(),
-            reftable: Vec::new(),
-            tables: Vec::new(),
-            cluster_count,
-            references_trusted: true,
-            rebuild_needed: false,
-            entry_flaws: 0,
-            flag_errors: 0,
-            refcount_clusters: Vec::new(),
-            conflicts: HashSet::new(),
-        },
-        singles: ClusterSet::default(),
-        unknown: Vec::new(),
-        found_tables: HashMap::new(),
-        roles: HashMap::new(),
-    };
+    let mut surveyor = Surveyor::new(source, layout)?;
     surveyor.load_refcounts(progress).await?;
-    surveyor.metadata(0, geometry.cluster_size(), 1, Role::Header);
-    surveyor.active_l1().await;
-    surveyor.snapshots().await?;
+    surveyor.roots().await?;
     surveyor.l2_tables(progress).await;
     surveyor.bitmaps().await;
     surveyor.refcount_structure();
@@ -166,7 +139,57 @@ pub(super) async fn survey<S: Storage>(
     Ok(surveyor.out)
 }
 
-impl<S: Storage> Surveyor<'_, S> {
+impl<'a, S: Storage> Surveyor<'a, S> {
+    /// A survey that has read nothing.
+    fn new(source: &'a Source<'a, S>, layout: &'a Layout) -> Result<Self, Error> {
+        let geometry = layout.geometry;
+        let cluster_count = geometry.clusters_for(source.len);
+        if cluster_count > CLUSTERS_MAX {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "the image file has {cluster_count} clusters, a check handles at most \
+                     {CLUSTERS_MAX}"
+                ),
+            ));
+        }
+        Ok(Self {
+            source,
+            layout,
+            geometry,
+            l1_at_open: &[],
+            judges_flags: true,
+            out: Survey {
+                report: Report {
+                    total_clusters: geometry.clusters_for(layout.virtual_size),
+                    ..Report::default()
+                },
+                refs: RefCounts::default(),
+                reftable: Vec::new(),
+                tables: Vec::new(),
+                cluster_count,
+                references_trusted: true,
+                rebuild_needed: false,
+                entry_flaws: 0,
+                flag_errors: 0,
+                incomplete_snapshots: 0,
+                refcount_clusters: Vec::new(),
+                conflicts: HashSet::new(),
+            },
+            singles: ClusterSet::default(),
+            unknown: Vec::new(),
+            found_tables: HashMap::new(),
+            roles: HashMap::new(),
+        })
+    }
+
+    /// Counts what the header names, down to the L2 tables.
+    async fn roots(&mut self) -> Result<(), Error> {
+        self.metadata(0, self.geometry.cluster_size(), 1, Role::Header);
+        self.active_l1().await;
+        self.snapshots().await
+    }
+
     /// Reports a corruption.
     fn corruption(&mut self, times: u64, text: impl FnOnce() -> String) {
         self.out.report.add(Severity::Corruption, times, text);
@@ -242,8 +265,8 @@ impl<S: Storage> Surveyor<'_, S> {
         true
     }
 
-    /// Reads the refcount table and notes which clusters have a refcount of one.
-    async fn load_refcounts(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+    /// Reads the refcount table.
+    async fn load_reftable(&mut self) -> Result<(), Error> {
         let bytes = self.layout.reftable_clusters * self.geometry.cluster_size();
         let (result, table) = self
             .source
@@ -259,6 +282,12 @@ impl<S: Storage> Surveyor<'_, S> {
             .iter()
             .map(|raw| RefcountTableEntry(u64::from_be_bytes(*raw)))
             .collect();
+        Ok(())
+    }
+
+    /// Reads the refcounts and notes which clusters have a refcount of one.
+    async fn load_refcounts(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+        self.load_reftable().await?;
         let order = self.geometry.refcount_order();
         let per_block = self.geometry.refcount_block_entries();
         let mut block = AlignedBuf::zeroed(to_usize(self.geometry.cluster_size()));
@@ -311,7 +340,8 @@ impl<S: Storage> Surveyor<'_, S> {
             return;
         };
         for (index, raw) in table.as_chunks::<8>().0.iter().enumerate() {
-            let entry = L1Entry(u64::from_be_bytes(*raw));
+            let found = u64::from_be_bytes(*raw);
+            let entry = L1Entry(self.l1_at_open.get(index).copied().unwrap_or(found));
             self.l1_entry(index, entry, 1, 1);
             if let Some(offset) = entry.table_offset() {
                 let cluster = self.geometry.host_cluster(offset).get();
@@ -326,7 +356,7 @@ impl<S: Storage> Surveyor<'_, S> {
 
     /// Reports a copied flag that does not fit the refcount of `cluster`, if that is known.
     fn wrong_flag(&mut self, cluster: u64, times: u64, text: impl FnOnce() -> String) {
-        if self.unknown.iter().any(|range| range.contains(&cluster)) {
+        if !self.judges_flags || self.unknown.iter().any(|range| range.contains(&cluster)) {
             return;
         }
         self.out.flag_errors += times;
@@ -391,6 +421,7 @@ impl<S: Storage> Surveyor<'_, S> {
             bytes = to_u64(to_usize(bytes).next_multiple_of(8)) + SNAPSHOT_FIXED_BYTES;
             bytes += to_u64(entry.extra.len() + entry.id.len() + entry.name.len());
             if !entry.is_complete(self.layout.version) {
+                self.out.incomplete_snapshots += 1;
                 self.corruption(1, || {
                     format!("{}: table entry is incomplete", name_of(entry))
                 });
@@ -433,8 +464,8 @@ impl<S: Storage> Surveyor<'_, S> {
         Ok(())
     }
 
-    /// Walks all L2 tables, neighbours in one read.
-    async fn l2_tables(&mut self, progress: &mut dyn FnMut(Progress)) {
+    /// The L2 tables that were named, in file order.
+    fn sorted_tables(&mut self) -> Vec<TableUse> {
         let mut tables: Vec<TableUse> = self
             .found_tables
             .drain()
@@ -445,19 +476,30 @@ impl<S: Storage> Surveyor<'_, S> {
             })
             .collect();
         tables.sort_unstable();
+        tables
+    }
+
+    /// Counts what L2 tables name that lie next to each other.
+    async fn l2_run(&mut self, run: &[TableUse]) {
+        let Some(first) = run.first() else { return };
         let cluster_size = self.geometry.cluster_size();
+        let bytes = to_u64(run.len()) * cluster_size;
+        let Some(buf) = self.read(first.offset, bytes, "L2 tables").await else {
+            return;
+        };
+        for (uses, table) in run.iter().zip(buf.chunks_exact(to_usize(cluster_size))) {
+            self.l2_table(*uses, table);
+        }
+    }
+
+    /// Walks all L2 tables, neighbours in one read.
+    async fn l2_tables(&mut self, progress: &mut dyn FnMut(Progress)) {
+        let tables = self.sorted_tables();
         let total = to_u64(tables.len());
         let mut done = 0;
-        for run in neighbours(&tables, cluster_size) {
+        for run in neighbours(&tables, self.geometry.cluster_size()) {
             done += to_u64(run.len());
-            let Some(first) = run.first() else { continue };
-            let bytes = to_u64(run.len()) * cluster_size;
-            let Some(buf) = self.read(first.offset, bytes, "L2 tables").await else {
-                continue;
-            };
-            for (uses, table) in run.iter().zip(buf.chunks_exact(to_usize(cluster_size))) {
-                self.l2_table(*uses, table);
-            }
+            self.l2_run(run).await;
             progress(Progress {
                 phase: Phase::Tables,
                 done,
@@ -474,6 +516,7 @@ impl<S: Storage> Surveyor<'_, S> {
         let cluster_size = self.geometry.cluster_size();
         let odd = COMPRESSED | ZERO | L2_RESERVED | (OFFSET & (cluster_size - 1));
         let file_len = self.source.len;
+        let judges_flags = self.judges_flags;
         let mut expected = 0;
         let (mut allocated, mut fragmented) = (0, 0);
         for (index, raw) in table.as_chunks::<8>().0.iter().enumerate() {
@@ -491,7 +534,7 @@ impl<S: Storage> Surveyor<'_, S> {
             expected = offset + cluster_size;
             let cluster = offset >> cluster_bits;
             self.out.refs.add(cluster, uses.total);
-            if self.singles.contains(cluster) != (entry & COPIED != 0) {
+            if judges_flags && self.singles.contains(cluster) != (entry & COPIED != 0) {
                 self.wrong_l2_flag(uses, index, entry);
             }
         }

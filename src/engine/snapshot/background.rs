@@ -9,9 +9,12 @@
 //! dirty bit, which goes only when they have caught up durably. On v2 no header names a snapshot
 //! whose references are not durable; a deleted one leaves leaks.
 
+use std::sync::atomic::Ordering;
+
 use event_listener::EventListener;
 
 use super::delete::Given;
+use super::flags::Flags;
 use super::reown::Reown;
 use super::walk::Walk;
 use super::{BackgroundStatus, Snapshots, Task, Work};
@@ -59,6 +62,10 @@ pub(super) struct Background {
 enum Phase {
     #[default]
     Begin,
+    /// Counting everything anew.
+    Rebuild,
+    /// Clearing copied flags of what is shared.
+    Flags(Flags),
     /// Counting what a tree reaches.
     Walk(Walk),
     /// Taking away what unsettled snapshots had kept.
@@ -86,6 +93,18 @@ impl Snapshots {
         {
             work.done = (work.done + bytes).min(work.total);
         }
+    }
+
+    /// Says how far an item is; returns the bytes since the last time.
+    fn set_progress(&self, number: u64, done: u64, total: u64) -> u64 {
+        let mut queue = lock(&self.queue);
+        let Some(work) = queue.items.front_mut().filter(|work| work.number == number) else {
+            return 0;
+        };
+        let before = std::mem::replace(&mut work.done, done);
+        // The flags of all tables are looked at afterwards.
+        work.total = total.saturating_add(work.after);
+        done.saturating_sub(before)
     }
 
     fn finish(&self, number: u64) -> Option<BackgroundStatus> {
@@ -141,6 +160,17 @@ impl<S: Storage> Worker<S> {
         let mut bytes = 0;
         match &mut background.phase {
             Phase::Begin => background.phase = self.begin(target, background, work),
+            Phase::Rebuild => {
+                let progress = self.rebuild_step(target).await?;
+                bytes = snapshots.set_progress(work.number, progress.done, progress.total);
+                if progress.finished {
+                    background.phase = Phase::GiveBack(Given::default());
+                }
+            }
+            Phase::Flags(flags) => match self.clear_shared_flags(target, flags).await? {
+                Some(done) => bytes = done,
+                None => background.phase = Phase::Reown(Reown::default()),
+            },
             Phase::Walk(walk) => {
                 let change = match work.task {
                     Task::Settle { .. } => Change::Raise,
@@ -158,6 +188,7 @@ impl<S: Storage> Worker<S> {
                 None => {
                     background.phase = match work.task {
                         Task::Settle { .. } => Phase::End,
+                        Task::Rebuild => Phase::Flags(Flags::default()),
                         _ => Phase::Reown(Reown::default()),
                     };
                 }
@@ -213,6 +244,7 @@ impl<S: Storage> Worker<S> {
                 Phase::Walk(Walk::new(root))
             }
             Task::Reown => Phase::GiveBack(Given::default()),
+            Task::Rebuild => Phase::Rebuild,
         }
     }
 
@@ -228,7 +260,7 @@ impl<S: Storage> Worker<S> {
                 self.mark_settled(target, root, *key);
             }
             Task::Delete { root } => self.drop_root(target, root),
-            Task::Reown => {}
+            Task::Reown | Task::Rebuild => {}
         }
         Ok(())
     }
@@ -255,7 +287,8 @@ impl<S: Storage> Worker<S> {
                 false
             })
             .await?;
-        if !is_dirty && !background.unclean {
+        let stays_dirty = active.snapshots.stay_dirty.load(Ordering::Acquire);
+        if (!is_dirty || stays_dirty) && !background.unclean {
             return Ok(Step::Idle);
         }
         if keeps!(SettledBeforeClean) {
@@ -276,10 +309,13 @@ impl<S: Storage> Worker<S> {
             .header
             .update_if(&self.storage, |header| {
                 header.incompatible &= !INCOMPAT_DIRTY;
-                is_dirty
+                is_dirty && !stays_dirty
             })
             .await?;
         background.unclean = false;
+        if stays_dirty {
+            return Ok(Step::Idle);
+        }
         Ok(Step::Clean)
     }
 }

@@ -20,6 +20,7 @@ use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::header::INCOMPAT_DIRTY;
 use crate::format::l1::L1Entry;
+use crate::format::refcount;
 use crate::format::snapshot::SnapshotEntry;
 use crate::storage::{AlignedBuf, SgList, Storage};
 use crate::units::{HostOffset, to_u64};
@@ -42,7 +43,7 @@ pub struct Created {
 }
 
 /// A run of clusters that are counted, and given up unless something comes to name them.
-struct Counted {
+pub(super) struct Counted {
     start: u64,
     count: u64,
 }
@@ -99,7 +100,7 @@ impl<S: Storage> Worker<S> {
         } = target;
         let snapshots = &active.snapshots;
         let mut table = snapshots.table.lock().await;
-        self.check_new(target, &table, new)?;
+        self.check_new(target, &table, new).await?;
         let is_v2 = mapping.version < 3;
         let mut entries = self.new_entries(target, &table, new);
         let l1_clusters = mapping.geometry.clusters_for(to_u64(mapping.l1.len()) * 8);
@@ -136,7 +137,9 @@ impl<S: Storage> Worker<S> {
 
         let keys: Vec<u64> = entries.iter().map(|_| snapshots.next_key()).collect();
         let frozen = self.freeze(target, &keys).await;
-        self.end_grace(frozen.generation).await;
+        if keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
 
         let l1: Box<[u64]> = frozen
             .l1
@@ -158,6 +161,9 @@ impl<S: Storage> Worker<S> {
             Ok(())
         }
         .await;
+        if !keeps!(GraceBeforeCommit) {
+            self.end_grace(frozen.generation).await;
+        }
         if let Err(error) = committed {
             for key in keys.iter().rev() {
                 lock(&active.drops).settle(*key);
@@ -295,7 +301,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Names and numbers that a new snapshot must have.
-    fn check_new(
+    async fn check_new(
         &self,
         target: Target<'_>,
         table: &Table,
@@ -324,7 +330,7 @@ impl<S: Storage> Worker<S> {
         // references are gone.
         let geometry = target.mapping.geometry;
         let bits = 1_u32 << geometry.refcount_order();
-        let most = u64::MAX.checked_shr(64 - bits).unwrap_or(0);
+        let most = refcount::most(geometry.refcount_order());
         let deleted = target.active.snapshots.deleted();
         let present = table.len() + deleted;
         if (present + to_u64(new.len())).saturating_add(1) > most {
@@ -336,7 +342,7 @@ impl<S: Storage> Worker<S> {
                 ),
             ));
         }
-        Ok(())
+        self.check_compressed(target, to_u64(new.len())).await
     }
 
     fn new_entries(
@@ -365,7 +371,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Takes and counts clusters in one piece, and keeps data and tables away from them.
-    async fn counted_run(
+    pub(super) async fn counted_run(
         &self,
         target: Target<'_>,
         count: u64,
@@ -390,7 +396,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Gives clusters back that nothing names.
-    async fn give_up(&self, target: Target<'_>, taken: Vec<Counted>) {
+    pub(super) async fn give_up(&self, target: Target<'_>, taken: Vec<Counted>) {
         for run in taken {
             self.drop_metadata(target, run.start, run.count);
         }
@@ -421,7 +427,7 @@ impl<S: Storage> Worker<S> {
             .await
     }
 
-    async fn write_table(
+    pub(super) async fn write_table(
         &self,
         target: Target<'_>,
         host_offset: u64,
@@ -469,7 +475,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The L1 table of a snapshot, from the file.
-    async fn read_l1(
+    pub(super) async fn read_l1(
         &self,
         target: Target<'_>,
         entry: &SnapshotEntry,

@@ -39,7 +39,9 @@ impl<S: Storage> Worker<S> {
         };
         if !keeps!(RaiseUnderL1Lock) {
             let l1 = copy();
-            self.storage.pause(GRACE_POLL).await;
+            for _ in 0..100 {
+                self.storage.pause(GRACE_POLL).await;
+            }
             for key in keys {
                 lock(&target.active.drops).freeze(*key);
             }
@@ -61,9 +63,6 @@ impl<S: Storage> Worker<S> {
     /// Waits until no request from before the freeze is left, for everybody who waits for that.
     pub(super) async fn end_grace(&self, generation: u64) {
         while !self.image.board.end_grace(generation) {
-            if !keeps!(GraceBeforeCommit) {
-                return;
-            }
             self.storage.pause(GRACE_POLL).await;
         }
     }

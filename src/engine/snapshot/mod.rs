@@ -14,15 +14,20 @@
 
 mod background;
 mod commit;
+mod compressed;
 mod delete;
+mod flags;
 mod freeze;
+mod rebuild;
 mod reown;
+mod revert;
 mod settle;
 mod table;
 mod walk;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use event_listener::Event;
@@ -34,6 +39,8 @@ use crate::units::to_u64;
 
 pub use self::background::Step;
 pub use self::commit::Created;
+pub(crate) use self::rebuild::Rebuild;
+pub use self::revert::revert;
 pub(crate) use self::table::Table;
 
 /// An internal snapshot, as people and clients see it.
@@ -79,6 +86,17 @@ pub struct Selector {
     pub id: Option<String>,
     /// Its name.
     pub name: Option<String>,
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.id, &self.name) {
+            (Some(id), Some(name)) => write!(f, "'{name}' with id {id}"),
+            (Some(id), None) => write!(f, "with id {id}"),
+            (None, Some(name)) => write!(f, "'{name}'"),
+            (None, None) => f.write_str("of no name"),
+        }
+    }
 }
 
 /// What a piece of background work does.
@@ -142,6 +160,8 @@ pub(crate) enum Task {
     },
     /// Find out anew which tables and clusters are ours alone: a freeze was called off.
     Reown,
+    /// Count everything anew, and find out what is ours alone: the image was not closed in order.
+    Rebuild,
 }
 
 /// One piece of background work.
@@ -152,6 +172,8 @@ pub(crate) struct Work {
     /// Bytes of L2 tables done.
     pub(crate) done: u64,
     pub(crate) total: u64,
+    /// The part of `total` that comes after a rebuild.
+    after: u64,
 }
 
 /// Background work, first come first served.
@@ -171,6 +193,10 @@ pub(crate) struct Snapshots {
     pub(crate) queue: Mutex<Queue>,
     /// Notified when work is added.
     pub(crate) work: Event,
+    /// The rebuild that [`Task::Rebuild`] is about; held while a piece of it is done.
+    rebuild: async_lock::Mutex<Option<Rebuild>>,
+    /// The dirty bit is not to be cleared: entries name lost data, which only a person can judge.
+    pub(crate) stay_dirty: AtomicBool,
     /// How far the first item of the queue is; held while a step is done.
     background: async_lock::Mutex<background::Background>,
     last_key: AtomicU64,
@@ -184,8 +210,20 @@ impl Snapshots {
             shown: Mutex::new(shown),
             queue: Mutex::default(),
             work: Event::new(),
+            rebuild: async_lock::Mutex::default(),
+            stay_dirty: AtomicBool::new(false),
             background: async_lock::Mutex::default(),
             last_key: AtomicU64::new(0),
+        }
+    }
+
+    /// The image was not closed in order: its counts are made anew, then its copied flags.
+    pub(crate) fn begin_rebuild(&mut self, rebuild: Rebuild) {
+        let (total, after) = (rebuild.total(), rebuild.tables_bytes());
+        *self.rebuild.get_mut() = Some(rebuild);
+        self.push(Task::Rebuild, total + after);
+        if let Some(work) = lock(&self.queue).items.back_mut() {
+            work.after = after;
         }
     }
 
@@ -211,6 +249,7 @@ impl Snapshots {
             task,
             done: 0,
             total,
+            after: 0,
         });
         drop(queue);
         self.work.notify(usize::MAX);
@@ -224,6 +263,7 @@ impl Work {
             Task::Settle { root, .. } => (BackgroundKind::Settle, Some(root)),
             Task::Delete { root } => (BackgroundKind::Delete, Some(root)),
             Task::Reown => (BackgroundKind::Reown, None),
+            Task::Rebuild => (BackgroundKind::Rebuild, None),
         };
         BackgroundStatus {
             kind,

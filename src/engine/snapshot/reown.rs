@@ -431,8 +431,9 @@ fn may_be_owned(
         // Some entry of the slice is damaged: only the others count.
         let span = to_u64(found.l1_index).saturating_mul(mapping.geometry.l2_table_span());
         let inside = to_u64(index) << mapping.geometry.cluster_bits();
+        let table = found.entry.table_offset().unwrap_or_default();
         mapping
-            .cluster(GuestOffset::new(span.saturating_add(inside)), entry)
+            .cluster(table, GuestOffset::new(span.saturating_add(inside)), entry)
             .ok()
     } else {
         entry.decode(mapping.geometry, mapping.version).ok()

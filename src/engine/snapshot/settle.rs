@@ -66,7 +66,7 @@ impl Snapshots {
 }
 
 /// If the active L1 table names this table: takes the copied flag off the entry and says so.
-fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset) -> bool {
+pub(super) fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset) -> bool {
     let mut l1 = lock(&target.active.l1);
     let entry = target.mapping.l1_entry(l1_index);
     if entry.table_offset() != Some(table) {
@@ -82,7 +82,7 @@ fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset) -> bool {
 }
 
 /// The parts of a table with copied flags, without them.
-fn cleared(start: u64, table: &[u8]) -> Vec<(u64, Vec<u8>)> {
+pub(super) fn cleared(start: u64, table: &[u8]) -> Vec<(u64, Vec<u8>)> {
     let mut parts: Vec<(u64, Vec<u8>)> = Vec::new();
     for (at, chunk) in (start..)
         .step_by(CHUNK_BYTES)

@@ -163,7 +163,7 @@ impl Walk {
 }
 
 impl Root {
-    fn table(&self, l1_index: u32) -> Option<HostOffset> {
+    pub(super) fn table(&self, l1_index: u32) -> Option<HostOffset> {
         L1Entry(*self.l1.get(to_usize(u64::from(l1_index)))?).table_offset()
     }
 }
@@ -230,7 +230,7 @@ impl<S: Storage> Worker<S> {
         Ok(moved)
     }
 
-    async fn read_tables(
+    pub(super) async fn read_tables(
         &self,
         target: Target<'_>,
         piece: Piece,
@@ -298,18 +298,22 @@ fn gather(
             .chunks_exact(8)
             .map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
     };
-    if mapping.is_suspicious(raw()) {
+    let place = HostOffset::new(start);
+    let suspicious = mapping.is_suspicious(place, raw());
+    if suspicious {
         // Some entry is damaged: which one?
         let first = to_u64(l1_index).saturating_mul(geometry.l2_table_span());
         for (index, raw) in (0_u64..).zip(raw()) {
             let guest = first.saturating_add(index << geometry.cluster_bits());
-            mapping.cluster(GuestOffset::new(guest), L2Entry(raw))?;
+            if !mapping.is_lost(place, L2Entry(raw)) {
+                mapping.cluster(place, GuestOffset::new(guest), L2Entry(raw))?;
+            }
         }
     }
     // Joined here, pushed when it ends: most tables are a few long runs.
     let mut run = 0..0;
     for raw in raw() {
-        if raw == 0 {
+        if raw == 0 || (suspicious && mapping.is_lost(place, L2Entry(raw))) {
             continue;
         }
         let (first, last) = match L2Entry(raw).decode(geometry, mapping.version) {

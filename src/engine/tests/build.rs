@@ -313,27 +313,52 @@ fn word(bytes: &[u8], at: u64) -> u64 {
     })
 }
 
-/// The disk of an image's snapshot, or of its active tree, read without the engine.
+/// The disk of an image's first snapshot, or of its active tree, read without the engine.
 pub(super) fn read_tree(
     bytes: &[u8],
     backing: Option<&[u8]>,
     snapshot: bool,
 ) -> Result<Vec<u8>, String> {
     let header = Header::decode(bytes).map_err(|error| error.to_string())?;
-    let geometry = header.geometry();
     let mut l1 = header.l1_table_offset.get();
     if snapshot {
-        let table = bytes
-            .get(to_usize(header.snapshot_table_offset.get())..)
-            .unwrap_or_default();
-        let entries = crate::format::snapshot::decode_table(table, header.snapshot_count)
-            .map_err(|error| error.to_string())?;
-        l1 = entries
+        l1 = snapshot_entries(bytes)?
             .first()
             .ok_or("the snapshot is gone")?
             .l1_offset
             .get();
     }
+    read_root(bytes, backing, l1)
+}
+
+/// The disk of the snapshot with this id.
+pub(super) fn read_snapshot(
+    bytes: &[u8],
+    backing: Option<&[u8]>,
+    id: &str,
+) -> Result<Vec<u8>, String> {
+    let entries = snapshot_entries(bytes)?;
+    let entry = entries.iter().find(|entry| entry.id == id.as_bytes());
+    let l1 = entry
+        .ok_or_else(|| format!("snapshot {id} is gone"))?
+        .l1_offset;
+    read_root(bytes, backing, l1.get())
+}
+
+/// The entries of the snapshot table.
+pub(super) fn snapshot_entries(bytes: &[u8]) -> Result<Vec<SnapshotEntry>, String> {
+    let header = Header::decode(bytes).map_err(|error| error.to_string())?;
+    let table = bytes
+        .get(to_usize(header.snapshot_table_offset.get())..)
+        .unwrap_or_default();
+    crate::format::snapshot::decode_table(table, header.snapshot_count)
+        .map_err(|error| error.to_string())
+}
+
+/// The disk that hangs on an L1 table.
+fn read_root(bytes: &[u8], backing: Option<&[u8]>, l1: u64) -> Result<Vec<u8>, String> {
+    let header = Header::decode(bytes).map_err(|error| error.to_string())?;
+    let geometry = header.geometry();
     let cluster_size = to_usize(geometry.cluster_size());
     let mut disk = Vec::with_capacity(to_usize(header.size));
     while to_u64(disk.len()) < header.size {

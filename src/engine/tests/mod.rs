@@ -5,6 +5,9 @@
 //! - `crash`: the power goes at every step. `faults`: every operation fails once.
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
+//! - `oracle`: every snapshot that is taken under load is one instant.
+//! - `snapshot_crash`: the power goes while snapshots come and go.
+//! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
@@ -14,7 +17,10 @@ mod crash;
 mod faults;
 mod hazards;
 mod model;
+mod oracle;
 mod referee;
 mod rules;
+mod snapshot;
+mod snapshot_crash;
 mod support;
 mod threads;

@@ -187,6 +187,31 @@ impl Model {
         Ok(())
     }
 
+    /// Judges a snapshot that was asked for at `called` and there at `returned`: one instant between
+    /// them. Whatever completed before a write in it was submitted is in it, too.
+    pub(super) fn judge_snapshot(
+        &self,
+        bytes: &[u8],
+        called: u64,
+        returned: u64,
+    ) -> Result<(), Violation> {
+        let mut newest = called;
+        for (versions, bytes) in self.sectors.iter().zip(bytes.chunks(512)) {
+            // Zeroes do not say which write they are of.
+            let seen = parse(bytes).filter(|(_, value)| *value != 0);
+            let version =
+                seen.and_then(|(_, value)| versions.iter().find(|version| version.value == value));
+            newest = newest.max(version.map_or(0, |version| version.start));
+        }
+        if newest > returned {
+            return Err(Violation(format!(
+                "holds what was submitted at {newest}, after it was there at {returned}"
+            )));
+        }
+        self.judge(0, bytes, newest)
+            .map_err(|error| Violation(format!("is no instant ({called} to {returned}): {error}")))
+    }
+
     /// What bytes that were judged make the model of a disk that starts again from them.
     pub(super) fn restart(bytes: &[u8]) -> Self {
         let values = bytes

@@ -4,15 +4,18 @@
 //! expect one (see `rules`).
 
 use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::build::{Recipe, counted_past_the_end, read_tree};
+use super::build::{Recipe, counted_past_the_end, read_snapshot, read_tree, snapshot_entries};
 use super::model::{Model, sector_bytes};
 use crate::engine::check::{Repair, Report, check};
+use crate::engine::order::keeps;
 use crate::engine::{
-    Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat, LayerSpec, OpenOptions, Worker,
+    BackgroundStatus, Created, Error, ErrorKind, Extent, ExtentList, Fast, Image, LayerFormat,
+    LayerSpec, NewSnapshot, OpenOptions, PinGuard, Selector, Step, Worker,
 };
 use crate::storage::sim::{
     Driver, OpKind, Outcome, SimDisk, SimFileOptions, SimStorage, yield_now,
@@ -66,6 +69,18 @@ pub(super) struct Rig {
     pub(super) tolerant: bool,
     /// What the snapshot holds, for ever.
     snapshot: Option<Rc<Vec<u8>>>,
+    /// Snapshots that clients have taken, by name.
+    pub(super) snapshots: Rc<RefCell<BTreeMap<String, Frozen>>>,
+    /// Names of snapshots that are gone.
+    deleted: Rc<RefCell<BTreeSet<String>>>,
+}
+
+/// What a snapshot may hold: of each sector a version that was there some time between the start of
+/// the command and its end.
+#[derive(Clone)]
+pub(super) struct Frozen {
+    model: Model,
+    since: u64,
 }
 
 impl Rig {
@@ -97,6 +112,8 @@ impl Rig {
             bad: Rc::default(),
             tolerant: false,
             snapshot,
+            snapshots: Rc::default(),
+            deleted: Rc::default(),
         }
     }
 
@@ -112,6 +129,8 @@ impl Rig {
             bad: Rc::default(),
             tolerant: false,
             snapshot: self.snapshot.clone(),
+            snapshots: Rc::new(RefCell::new(self.snapshots.borrow().clone())),
+            deleted: Rc::new(RefCell::new(self.deleted.borrow().clone())),
         }
     }
 
@@ -151,6 +170,9 @@ impl Rig {
             model: Rc::clone(&self.model),
             bad: Rc::clone(&self.bad),
             tolerant: self.tolerant,
+            snapshots: Rc::clone(&self.snapshots),
+            deleted: Rc::clone(&self.deleted),
+            latent: false,
         }
     }
 
@@ -210,13 +232,77 @@ impl Rig {
         let disk = read_tree(&bytes, base.as_deref(), false).map_err(Violation)?;
         let model = self.model.borrow();
         model.judge(0, &disk, model.flush_floor())?;
-        if let Some(content) = &self.snapshot {
+        if let Some(content) = self.snapshot.as_ref().filter(|_| self.keeps_first()) {
             let disk = read_tree(&bytes, base.as_deref(), true).map_err(Violation)?;
             if disk != **content {
                 return violation("the snapshot has changed");
             }
         }
         Ok(())
+    }
+
+    /// The active disk of these image bytes, since the last flush. Without the engine.
+    pub(super) fn judge_active(&self, bytes: &[u8]) -> Result<(), Violation> {
+        let base = self.recipe.backing.map(|_| self.disk.contents(BASE));
+        let disk = read_tree(bytes, base.as_deref(), false).map_err(Violation)?;
+        let model = self.model.borrow();
+        model.judge(0, &disk, model.flush_floor())
+    }
+
+    /// The whole disk, through the engine.
+    pub(super) fn read_whole(&mut self) -> Result<Vec<u8>, Violation> {
+        let worker = self.worker().worker;
+        let len = self.model.borrow().sectors() * 512;
+        let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
+        let target = sg.slice(0, len);
+        let read = self
+            .block_on(async move { worker.read(worker.pin(), GuestOffset::new(0), target).await });
+        read.map_err(|error| Violation(format!("read: {}", error.chain())))?;
+        Ok(sg.to_vec())
+    }
+
+    /// The model begins again with a disk that was judged.
+    pub(super) fn restart(&mut self, disk: &[u8]) {
+        *self.model.borrow_mut() = Model::restart(disk);
+    }
+
+    /// The snapshot that the image came with was not deleted.
+    fn keeps_first(&self) -> bool {
+        let deleted = self.deleted.borrow();
+        !deleted.contains("one")
+    }
+
+    /// Every snapshot that was taken, and no other, is in the file, with its content.
+    pub(super) fn judge_snapshots(&self) -> Result<(), Violation> {
+        let bytes = self.disk.contents(IMAGE);
+        let base = self.recipe.backing.map(|_| self.disk.contents(BASE));
+        let entries = snapshot_entries(&bytes).map_err(Violation)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let mut names: Vec<String> = entries.iter().map(|entry| text(&entry.name)).collect();
+        names.sort_unstable();
+        let mut wanted: Vec<String> = self.snapshots.borrow().keys().cloned().collect();
+        wanted.extend((self.recipe.snapshot && self.keeps_first()).then(|| "one".to_owned()));
+        wanted.sort_unstable();
+        if names != wanted {
+            return violation(format!("the file has snapshots {names:?}, not {wanted:?}"));
+        }
+        for (name, frozen) in self.snapshots.borrow().iter() {
+            let entry = entries.iter().find(|entry| text(&entry.name) == *name);
+            let id = entry.map_or_else(String::new, |entry| text(&entry.id));
+            let disk = read_snapshot(&bytes, base.as_deref(), &id).map_err(Violation)?;
+            frozen
+                .model
+                .judge(0, &disk, frozen.since)
+                .map_err(|violation| Violation(format!("snapshot '{name}': {violation}")))?;
+        }
+        Ok(())
+    }
+
+    /// Does all background work; the image is clean then.
+    pub(super) fn settle(&mut self) -> Result<(), Violation> {
+        let client = self.worker();
+        self.block_on(async move { client.settle().await });
+        self.verdict()
     }
 
     /// What a power cut has left: consistent, flushed data there, fit for more work.
@@ -267,10 +353,14 @@ pub(super) struct Client {
     pub(super) model: Rc<RefCell<Model>>,
     bad: Rc<RefCell<Option<Violation>>>,
     tolerant: bool,
+    pub(super) snapshots: Rc<RefCell<BTreeMap<String, Frozen>>>,
+    deleted: Rc<RefCell<BTreeSet<String>>>,
+    /// Some time passes between the submission of a request and its pin.
+    pub(super) latent: bool,
 }
 
 impl Client {
-    fn complain(&self, text: impl fmt::Display) {
+    pub(super) fn complain(&self, text: impl fmt::Display) {
         self.bad
             .borrow_mut()
             .get_or_insert(Violation(text.to_string()));
@@ -296,13 +386,14 @@ impl Client {
             .flat_map(|sector| sector_bytes(sector, value))
             .collect();
         let sg = SgList::from_buf(AlignedBuf::from_slice(&bytes));
+        let early = self.early_pin().await;
         let change = self
             .model
             .borrow_mut()
             .begin(first..first + count, value, true);
         let (offset, len) = (GuestOffset::new(first * 512), count * 512);
         let mut extents = ExtentList::new();
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = match self.worker.resolve_write(&pin, offset, len, &mut extents) {
             Fast::Ready => self.perform(&extents, &sg, true).await,
             Fast::Slow => self.worker.write(pin, offset, sg).await,
@@ -310,6 +401,30 @@ impl Client {
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("write", &result);
         result
+    }
+
+    /// The pin of a worker that loads the generation before it reads the avail index: of something
+    /// that is not submitted yet.
+    async fn early_pin(&self) -> Option<PinGuard> {
+        if keeps!(PinAfterAvail) {
+            return None;
+        }
+        let pin = self.worker.pin();
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        Some(pin)
+    }
+
+    /// The pin of a request that was submitted: a worker gets to it some time later.
+    async fn pin(&self, early: Option<PinGuard>) -> PinGuard {
+        if let Some(early) = early {
+            return early;
+        }
+        if self.latent {
+            yield_now().await;
+        }
+        self.worker.pin()
     }
 
     async fn perform(&self, extents: &ExtentList, sg: &SgList, write: bool) -> Result<(), Error> {
@@ -367,9 +482,10 @@ impl Client {
     }
 
     pub(super) async fn zero(&self, first: u64, count: u64, unmap: bool) -> Result<(), Error> {
+        let early = self.early_pin().await;
         let change = self.model.borrow_mut().begin(first..first + count, 0, true);
         let offset = GuestOffset::new(first * 512);
-        let pin = self.worker.pin();
+        let pin = self.pin(early).await;
         let result = self
             .worker
             .write_zeroes(pin, offset, count * 512, unmap)
@@ -393,6 +509,66 @@ impl Client {
         self.model.borrow_mut().end(&change, result.is_ok());
         self.told("discard", &result);
         result
+    }
+
+    /// Would a write go in place, on the fast path? Loads what that needs.
+    pub(super) fn is_in_place(&self, first: u64, count: u64) -> bool {
+        let (offset, len) = (GuestOffset::new(first * 512), count * 512);
+        let mut extents = ExtentList::new();
+        let disk = self.worker.storage().disk();
+        disk.set_immediate(true);
+        let sg = SgList::from_buf(AlignedBuf::zeroed(to_usize(len)));
+        let read = block_on(self.worker.read(self.worker.pin(), offset, sg));
+        disk.set_immediate(false);
+        let pin = self.worker.pin();
+        read.is_ok() && self.worker.resolve_write(&pin, offset, len, &mut extents) == Fast::Ready
+    }
+
+    /// Takes a snapshot of the disk.
+    pub(super) async fn snapshot(&self, name: &str) -> Result<Created, Error> {
+        let new = NewSnapshot {
+            name: name.to_owned(),
+            date_sec: 1,
+            date_nsec: 2,
+            vm_clock_nsec: 3,
+        };
+        let since = self.model.borrow_mut().watch();
+        let result = self.worker.create_snapshots(&[new]).await;
+        if result.is_ok() {
+            let model = self.model.borrow().clone();
+            let frozen = Frozen { model, since };
+            self.snapshots.borrow_mut().insert(name.to_owned(), frozen);
+        }
+        self.model.borrow_mut().unwatch(since);
+        result.map(|mut created| created.remove(0))
+    }
+
+    /// Deletes a snapshot.
+    pub(super) async fn delete(&self, name: &str) -> Result<(), Error> {
+        let selector = Selector {
+            id: None,
+            name: Some(name.to_owned()),
+        };
+        self.worker.delete_snapshot(&selector).await?;
+        self.snapshots.borrow_mut().remove(name);
+        self.deleted.borrow_mut().insert(name.to_owned());
+        Ok(())
+    }
+
+    /// Does the background work until there is none left; says which work was done.
+    pub(super) async fn settle(&self) -> Vec<BackgroundStatus> {
+        let mut all = Vec::new();
+        while !self.is_bad() {
+            match self.worker.background_step().await {
+                Ok(Step::Idle) => break,
+                Ok(Step::Done(status)) => all.push(status),
+                Ok(Step::Progress { .. } | Step::Clean) => yield_now().await,
+                Err(error) => {
+                    self.complain(format!("background work: {}", error.chain()));
+                }
+            }
+        }
+        all
     }
 
     pub(super) async fn flush(&self) -> Result<(), Error> {

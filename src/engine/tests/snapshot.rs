@@ -1,0 +1,521 @@
+//! Snapshots taken and deleted under load, and the background work: afterwards the image is clean,
+//! without a leak or a wrong copied flag, and every snapshot holds what the disk held.
+
+use super::build::{Fill, Recipe};
+use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
+use crate::engine::{BackgroundKind, ErrorKind, OpenOptions, Step};
+use crate::format::Header;
+use crate::storage::sim::{OpKind, yield_now};
+
+fn mixed(cluster: u64) -> Fill {
+    match cluster % 6 {
+        0 | 1 => Fill::Data,
+        2 => Fill::Zero,
+        3 => Fill::ZeroKept,
+        4 => Fill::Compressed,
+        _ => Fill::None,
+    }
+}
+
+fn version_2(cluster: u64) -> Fill {
+    match cluster % 3 {
+        0 => Fill::Data,
+        1 => Fill::Compressed,
+        _ => Fill::None,
+    }
+}
+
+/// Images that can have snapshots.
+fn kinds() -> Vec<(&'static str, Recipe)> {
+    let plain = |bits, size| Recipe {
+        fill: mixed,
+        ..Recipe::plain(bits, size)
+    };
+    let width = |order, bits, size| Recipe {
+        refcount_order: order,
+        ..plain(bits, size)
+    };
+    vec![
+        ("512-byte clusters", plain(9, 96 << 10)),
+        (
+            "2-bit refcounts",
+            Recipe {
+                fill: |_| Fill::Data,
+                ..width(1, 9, 64 << 10)
+            },
+        ),
+        (
+            "4-bit refcounts",
+            Recipe {
+                fill: |_| Fill::Data,
+                ..width(2, 10, 96 << 10)
+            },
+        ),
+        ("8-bit refcounts", width(3, 9, 96 << 10)),
+        ("32-bit refcounts", width(5, 9, 96 << 10)),
+        ("64-bit refcounts", width(6, 9, 128 << 10)),
+        ("4 KiB clusters", plain(12, 384 << 10)),
+        ("64 KiB clusters", plain(16, 1 << 20)),
+        (
+            "all data",
+            Recipe {
+                fill: |_| Fill::Data,
+                ..plain(10, 192 << 10)
+            },
+        ),
+        (
+            "a snapshot and a backing file",
+            Recipe {
+                snapshot: true,
+                backing: Some(100 << 10),
+                ..plain(9, 96 << 10)
+            },
+        ),
+        (
+            "version 2",
+            Recipe {
+                version: 2,
+                fill: version_2,
+                ..plain(9, 96 << 10)
+            },
+        ),
+        (
+            "version 2 with a snapshot",
+            Recipe {
+                version: 2,
+                fill: version_2,
+                snapshot: true,
+                ..plain(11, 128 << 10)
+            },
+        ),
+        (
+            "device",
+            Recipe {
+                device: Some(1500),
+                can_punch: false,
+                ..plain(9, 64 << 10)
+            },
+        ),
+    ]
+}
+
+fn is_dirty(rig: &Rig) -> bool {
+    Header::decode(&rig.disk.contents(IMAGE)).is_ok_and(|header| header.is_dirty())
+}
+
+/// Random creates and deletes.
+async fn commands(client: Client, mut random: fastrand::Rng, count: u32, names: &'static str) {
+    for number in 0..count {
+        for _ in 0..random.u32(0..200) {
+            yield_now().await;
+        }
+        // Without those that are not committed yet (v2).
+        let there = client.worker.image().snapshots().into_iter();
+        let there: Vec<String> = there.map(|snapshot| snapshot.name).collect();
+        let own: Vec<_> = there
+            .iter()
+            .filter(|name| name.starts_with(names))
+            .collect();
+        let result = if own.is_empty() || random.u8(..3) > 0 {
+            let result = client.snapshot(&format!("{names}{number}")).await;
+            result.map(drop)
+        } else {
+            client.delete(own[random.usize(..own.len())]).await
+        };
+        match result {
+            // Refcounts without room.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            Err(error) => client.complain(error.chain()),
+            Ok(()) => {}
+        }
+    }
+}
+
+fn options(random: &mut fastrand::Rng) -> OpenOptions {
+    OpenOptions {
+        l2_cache_size: Some([1 << 10, 16 << 10, 1 << 20][random.usize(..3)]),
+        l2_cache_entry_size: [Some(512), None][random.usize(..2)],
+        refcount_cache_size: Some([0, 1 << 20][random.usize(..2)]),
+        discard: random.u8(..4) > 0,
+        ..OpenOptions::default()
+    }
+}
+
+/// The work of before is done, and the file says so.
+fn judge_settled(rig: &mut Rig) -> Result<(), Violation> {
+    rig.settle()?;
+    if is_dirty(rig) || !rig.image().background().is_empty() {
+        return violation("dirty, although nothing is left to do");
+    }
+    if rig
+        .image()
+        .snapshots()
+        .iter()
+        .any(|snapshot| snapshot.unsettled)
+    {
+        return violation("unsettled, although nothing is left to do");
+    }
+    rig.close()?;
+    rig.judge_closed()?;
+    rig.judge_snapshots()
+}
+
+fn under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
+    let mut rig = Rig::new(recipe, seed);
+    let mut random = fastrand::Rng::with_seed(seed);
+    for round in ["a", "b"] {
+        rig.open(&options(&mut random))?;
+        for _ in 0..random.u64(1..4) {
+            let load = chaos(rig.worker(), random.fork(), 60, Mix::ALL);
+            rig.driver.spawn(load);
+        }
+        let work = commands(rig.worker(), random.fork(), 6, round);
+        let commands = rig.driver.spawn(work);
+        let settler = rig.worker();
+        let keen = random.u32(1..40);
+        rig.driver.spawn(async move {
+            while !commands.is_done() && !settler.is_bad() {
+                match settler.worker.background_step().await {
+                    Ok(_) => {}
+                    Err(error) => settler.complain(error.chain()),
+                }
+                for _ in 0..keen {
+                    yield_now().await;
+                }
+            }
+        });
+        rig.run()?;
+        judge_settled(&mut rig)?;
+    }
+    // Everything goes: what is left is one tree, all ours.
+    rig.open(&OpenOptions::default())?;
+    let client = rig.worker();
+    let mut names: Vec<String> = rig
+        .image()
+        .snapshots()
+        .into_iter()
+        .map(|s| s.name)
+        .collect();
+    random.shuffle(&mut names);
+    rig.block_on(async move {
+        for name in names {
+            client.delete(&name).await.expect("it is there");
+        }
+    });
+    judge_settled(&mut rig)
+}
+
+#[test]
+fn snapshots_under_load_leave_a_clean_image_with_their_content() {
+    for (name, recipe) in kinds() {
+        for seed in seeds(12) {
+            if let Err(violation) = under_load(recipe, seed) {
+                panic!("{name}, SEED={seed}: {violation}");
+            }
+        }
+    }
+}
+
+fn all_data() -> Recipe {
+    Recipe {
+        fill: |_| Fill::Data,
+        ..Recipe::plain(12, 4 << 20)
+    }
+}
+
+fn opened(recipe: Recipe) -> Rig {
+    let mut rig = Rig::new(recipe, 1);
+    rig.open(&OpenOptions::default()).expect("opens");
+    rig
+}
+
+fn done(mut rig: Rig) {
+    judge_settled(&mut rig).unwrap_or_else(|violation| panic!("{violation}"));
+}
+
+/// Three trees, each with something of its own, none of them counted when the middle one goes.
+#[test]
+fn several_unsettled_snapshots_and_a_delete_are_worked_off_in_order() {
+    let mut rig = opened(all_data());
+    let client = rig.worker();
+    let kinds = rig.block_on(async move {
+        for (name, first) in [("a", 0), ("b", 300), ("c", 4000)] {
+            client.snapshot(name).await.expect("a snapshot");
+            client.write(first, 40).await.expect("a write");
+            client.discard(first + 100, 64).await.expect("a discard");
+        }
+        client.delete("b").await.expect("a delete");
+        let done = client.settle().await;
+        done.into_iter()
+            .map(|status| (status.kind, status.name, status.done == status.total))
+            .collect::<Vec<_>>()
+    });
+    let expected = [
+        (BackgroundKind::Settle, "a"),
+        (BackgroundKind::Settle, "b"),
+        (BackgroundKind::Settle, "c"),
+        (BackgroundKind::Delete, "b"),
+    ];
+    assert_eq!(
+        kinds,
+        expected.map(|(kind, name)| (kind, name.to_owned(), true))
+    );
+    done(rig);
+}
+
+/// What would be added and taken away again is not touched at all.
+#[test]
+fn a_snapshot_that_goes_before_it_is_settled_costs_no_walk() {
+    let mut rig = opened(all_data());
+    let client = rig.worker();
+    let reads = rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.write(77, 3).await.expect("a write");
+        client.delete("a").await.expect("a delete");
+        let disk = client.worker.storage().disk().clone();
+        let before = disk.reads();
+        let settled = client.worker.background_step().await.expect("a step");
+        assert_eq!(settled, Step::Progress { bytes: 0 });
+        assert!(client.worker.image().snapshots().is_empty());
+        disk.reads() - before
+    });
+    assert_eq!(reads, 0);
+    done(rig);
+}
+
+/// The last snapshot is gone: no write needs a new cluster any more.
+#[test]
+fn after_the_last_delete_everything_is_written_in_place() {
+    let mut rig = opened(all_data());
+    let client = rig.worker();
+    rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.settle().await;
+        client.write(77, 3).await.expect("a write");
+        let sectors = client.model.borrow().sectors();
+        assert!(!client.is_in_place(200, 8), "shared with the snapshot");
+        client.delete("a").await.expect("a delete");
+        client.settle().await;
+        for first in (0..sectors).step_by(8) {
+            assert!(client.is_in_place(first, 8), "sector {first}");
+        }
+    });
+    done(rig);
+}
+
+/// A request has taken a cluster and copies its old bytes, when the only other reference to them
+/// goes: an owner now would write in place what the copy overtakes.
+#[test]
+fn a_taken_cluster_is_owned_again_only_after_it_is_given_back() {
+    for seed in seeds(20) {
+        let mut rig = Rig::new(all_data(), seed);
+        rig.open(&OpenOptions::default()).expect("opens");
+        let client = rig.worker();
+        rig.block_on(async move {
+            client.snapshot("a").await.expect("a snapshot");
+            client.settle().await;
+            // The table is copied now; the cluster of sector 8 is still shared.
+            client.write(0, 1).await.expect("a write");
+        });
+        let writer = rig.worker();
+        rig.disk.hold(|op| op.kind == OpKind::Write);
+        let write = rig.driver.spawn(async move { writer.write(9, 1).await });
+        rig.driver.run_until_stuck();
+        let held: Vec<u64> = rig.disk.in_flight().iter().map(|op| op.id).collect();
+        assert_eq!(held.len(), 1, "the copy of the cluster");
+        rig.disk.hold(move |op| held.contains(&op.id));
+        let deleter = rig.worker();
+        let work = rig.driver.spawn_background(async move {
+            deleter.delete("a").await.expect("a delete");
+            deleter.settle().await
+        });
+        rig.driver.run_until_stuck();
+        assert!(!write.is_done() && !work.is_done(), "nothing waits");
+        let reader = rig.worker();
+        assert!(
+            !reader.is_in_place(8, 8),
+            "SEED={seed}: owned while it is copied"
+        );
+        assert!(reader.is_in_place(16, 8), "SEED={seed}: others wait for it");
+        rig.disk.release();
+        rig.run().expect("no violation");
+        rig.driver.run_until(|| work.is_done());
+        assert!(reader.is_in_place(8, 8));
+        done(rig);
+    }
+}
+
+/// Refcounts of 4 bits and many compressed clusters in one host cluster: the second snapshot would
+/// need more than 15 references.
+#[test]
+fn compressed_data_without_room_in_its_refcount_is_refused_before_the_instant() {
+    let recipe = Recipe {
+        fill: |cluster| match cluster % 16 {
+            0..6 => Fill::Compressed,
+            _ => Fill::Data,
+        },
+        refcount_order: 2,
+        ..Recipe::plain(12, 1 << 20)
+    };
+    for settle_first in [true, false] {
+        let mut rig = opened(recipe);
+        let client = rig.worker();
+        rig.block_on(async move {
+            let mut room = 0;
+            let refused = loop {
+                match client.snapshot(&format!("s{room}")).await {
+                    Ok(_) => room += 1,
+                    Err(error) => break error,
+                }
+                if settle_first {
+                    client.settle().await;
+                }
+            };
+            assert_eq!(refused.kind(), ErrorKind::Unsupported);
+            assert!(refused.to_string().contains("compressed"), "{refused}");
+            assert!((1..13).contains(&room), "{room} snapshots");
+        });
+        done(rig);
+    }
+}
+
+/// A damaged entry in a snapshot's table must not become a count of something else.
+#[test]
+fn a_damaged_entry_stops_the_work_with_an_error() {
+    let recipe = Recipe {
+        snapshot: true,
+        ..all_data()
+    };
+    let bytes = recipe.build();
+    let l1 = Header::decode(&bytes)
+        .expect("a header")
+        .l1_table_offset
+        .get();
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    };
+    let table = word(l1) & 0x00ff_ffff_ffff_fe00;
+    let entry = word(table + 16);
+    for damaged in [
+        entry | 0x10,
+        entry | 1 << 40,
+        entry | 1 << 60,
+        3 << 62 | 1 << 50,
+    ] {
+        let mut rig = opened(recipe);
+        rig.disk.poke(IMAGE, table + 16, &damaged.to_be_bytes());
+        let client = rig.worker();
+        let error = rig.block_on(async move {
+            client
+                .delete("one")
+                .await
+                .expect("the table says nothing of it");
+            loop {
+                match client.worker.background_step().await {
+                    Ok(Step::Progress { .. }) => {}
+                    Ok(other) => panic!("{other:?}"),
+                    Err(error) => break error,
+                }
+            }
+        });
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{damaged:#x}");
+        assert!(rig.image().has_failed());
+    }
+}
+
+/// One operation of the background work fails; it goes on where it was, and counts nothing twice.
+fn one_failure(recipe: Recipe, kind: OpKind, nth: u64, seed: u64) -> Result<bool, Violation> {
+    let mut rig = Rig::new(recipe, seed);
+    let small = OpenOptions {
+        l2_cache_size: Some(1 << 10),
+        l2_cache_entry_size: Some(512),
+        refcount_cache_size: Some(0),
+        ..OpenOptions::default()
+    };
+    rig.open(&small)?;
+    let client = rig.worker();
+    let result = rig.block_on(async move {
+        for name in ["a", "b"] {
+            client.snapshot(name).await?;
+            client.write(30, 9).await?;
+            client.discard(60, 8).await?;
+        }
+        client.settle().await;
+        client.delete("a").await?;
+        client.snapshot("c").await?;
+        client.write(90, 9).await
+    });
+    result.map_err(|error| Violation(error.chain()))?;
+    let before = rig.disk.count(kind);
+    rig.disk.fail_nth_of(kind, nth, libc::EIO);
+    let client = rig.worker();
+    let errors = rig.block_on(async move {
+        let mut errors = 0;
+        loop {
+            match client.worker.background_step().await {
+                Ok(Step::Idle) => break,
+                Ok(_) => {}
+                Err(_) if client.worker.image().has_failed() => break,
+                Err(_) => errors += 1,
+            }
+        }
+        errors
+    });
+    let hit = rig.disk.count(kind) - before >= nth;
+    rig.disk.clear_faults();
+    if rig.image().has_failed() {
+        return Ok(hit);
+    }
+    if errors > 1 {
+        return violation(format!("{errors} errors of one failure"));
+    }
+    judge_settled(&mut rig)?;
+    Ok(hit)
+}
+
+#[test]
+fn a_step_that_fails_is_tried_again_and_counts_nothing_twice() {
+    let recipe = Recipe {
+        fill: mixed,
+        ..Recipe::plain(9, 64 << 10)
+    };
+    for (kind, recoveries_min) in [(OpKind::Read, 20), (OpKind::Write, 10), (OpKind::Punch, 0)] {
+        let mut recoveries = 0;
+        for nth in 1.. {
+            match one_failure(recipe, kind, nth, nth) {
+                Ok(true) => recoveries += 1,
+                Ok(false) => break,
+                Err(violation) => panic!("{kind:?} {nth}: {violation}"),
+            }
+        }
+        assert!(recoveries > recoveries_min, "{kind:?}: {recoveries}");
+    }
+}
+
+/// The freeze was called off since the header could not be written... before anything else.
+#[test]
+fn a_create_that_fails_leaves_the_image_as_it_was() {
+    for nth in 1..60 {
+        let mut rig = opened(Recipe {
+            fill: mixed,
+            ..Recipe::plain(9, 64 << 10)
+        });
+        let client = rig.worker();
+        rig.disk.fail_nth_of(OpKind::Write, nth, libc::ENOSPC);
+        let created = rig.block_on(async move { client.snapshot("a").await.is_ok() });
+        rig.disk.clear_faults();
+        if rig.image().has_failed() {
+            continue;
+        }
+        let client = rig.worker();
+        rig.block_on(async move {
+            client.write(30, 9).await.expect("a write");
+        });
+        judge_settled(&mut rig).unwrap_or_else(|violation| panic!("write {nth}: {violation}"));
+        if created {
+            return;
+        }
+    }
+    panic!("every write of a create was made to fail");
+}

@@ -1,0 +1,262 @@
+//! The power goes at every step of creating, settling and deleting snapshots under load.
+//!
+//! Each state that a cut may leave is judged twice in part: by this engine (open, finish what is
+//! left, more work, close) and by `qemu-img check -r all` on a copy. Afterwards the image is clean,
+//! every flushed sector is there, and every snapshot that was committed holds what it held.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::process::Command;
+use std::rc::Rc;
+
+use super::build::{read_snapshot, snapshot_entries};
+use super::oracle::{CONCURRENT, Plan, Shelf, judge_shelf, plans, snapshots};
+use super::support::{IMAGE, Rig, Violation, chaos, fingerprint, seeds, violation};
+use crate::engine::order::{Rule, break_rule};
+use crate::format::Header;
+use crate::storage::sim::{CutMode, Outcome, SimDisk};
+
+/// Distinct states that each plan must reach.
+const STATES_MIN: usize = 500;
+/// Every so many states QEMU repairs a copy.
+const QEMU_EVERY: usize = 40;
+
+/// What is in the image after a cut, whichever way it was opened since.
+fn judge_contents(rig: &Rig, bytes: &[u8], shelf: &Shelf) -> Result<(), Violation> {
+    rig.judge_active(bytes)?;
+    judge_shelf(bytes, shelf)?;
+    // A snapshot that was about to be: an instant since its create was called.
+    let entries = snapshot_entries(bytes).map_err(Violation)?;
+    let mut strange = 0;
+    for entry in &entries {
+        let id = String::from_utf8_lossy(&entry.id).into_owned();
+        let known = shelf.kept.iter().any(|(kept, _)| *kept == id)
+            || shelf.deleted.contains(&id)
+            || (rig.recipe.snapshot && entry.name == b"one");
+        if known {
+            continue;
+        }
+        strange += 1;
+        let Some(called) = shelf.creating.first() else {
+            return violation(format!("snapshot {id} comes from nowhere"));
+        };
+        let content = read_snapshot(bytes, None, &id).map_err(Violation)?;
+        rig.model
+            .borrow()
+            .judge_snapshot(&content, *called, u64::MAX)
+            .map_err(|error| Violation(format!("snapshot {id} {error}")))?;
+    }
+    if strange > shelf.creating.len() {
+        return violation("more snapshots than were asked for");
+    }
+    Ok(())
+}
+
+/// QEMU repairs a copy of what the cut has left.
+fn judge_by_qemu(rig: &Rig, shelf: &Shelf) -> Result<(), Violation> {
+    let dir = tempfile::tempdir().map_err(|error| Violation(error.to_string()))?;
+    let path = dir.path().join("cut.qcow2");
+    rig.disk
+        .export(IMAGE, &path)
+        .map_err(|error| Violation(error.to_string()))?;
+    let qemu = |arguments: &[&str]| -> Result<std::process::Output, Violation> {
+        Command::new("qemu-img")
+            .args(arguments)
+            .arg(&path)
+            .output()
+            .map_err(|error| Violation(format!("qemu-img: {error}")))
+    };
+    let repair = qemu(&["check", "-q", "-r", "all"])?;
+    let check = qemu(&["check"])?;
+    if !check.status.success() {
+        return violation(format!(
+            "after QEMU's repair ({}): {}{}",
+            String::from_utf8_lossy(&repair.stderr),
+            String::from_utf8_lossy(&check.stdout),
+            String::from_utf8_lossy(&check.stderr),
+        ));
+    }
+    let bytes = std::fs::read(&path).map_err(|error| Violation(error.to_string()))?;
+    judge_contents(rig, &bytes, shelf).map_err(|error| Violation(format!("QEMU's repair: {error}")))
+}
+
+/// Judges what a cut has left.
+fn judge(mut rig: Rig, shelf: &Shelf, seed: u64, by_qemu: bool) -> Result<(), Violation> {
+    let bytes = rig.disk.contents(IMAGE);
+    let header = Header::decode(&bytes).map_err(|error| Violation(error.to_string()))?;
+    judge_contents(&rig, &bytes, shelf)?;
+    if !header.is_dirty() && header.version >= 3 {
+        let report = rig.check()?;
+        if !report.is_consistent() || report.overlaps > 0 {
+            return violation(format!("not dirty, but: {:?}", report.problems));
+        }
+    }
+    if by_qemu {
+        judge_by_qemu(&rig, shelf)?;
+    }
+    rig.disk.set_immediate(true);
+    rig.open(&crate::engine::OpenOptions::default())?;
+    let since = rig.model.borrow().flush_floor();
+    let content = rig.read_whole()?;
+    rig.model.borrow().judge(0, &content, since)?;
+    rig.restart(&content);
+    let client = rig.worker();
+    let mix = super::support::Mix::ALL;
+    let work = chaos(client, fastrand::Rng::with_seed(seed), 20, mix);
+    rig.driver.spawn(work);
+    rig.settle()?;
+    rig.run()?;
+    rig.settle()?;
+    rig.close()?;
+    let report = rig.check()?;
+    if !report.is_consistent() || report.overlaps > 0 {
+        return violation(format!("after more work: {:?}", report.problems));
+    }
+    let bytes = rig.disk.contents(IMAGE);
+    judge_shelf(&bytes, shelf)
+}
+
+/// Runs a plan once and judges `cuts` cuts at each step.
+fn run(
+    plan: &Plan,
+    seed: u64,
+    cuts: usize,
+    states_max: usize,
+    qemu_every: usize,
+    seen: &mut HashSet<u64>,
+) -> Result<(), Violation> {
+    let mut rig = Rig::new(plan.recipe, seed);
+    let mut random = fastrand::Rng::with_seed(seed ^ 0x0c07_ac1e);
+    rig.open(&(plan.options)())?;
+    let shelf = Rc::new(RefCell::new(Shelf::default()));
+    let mut tasks = Vec::new();
+    for _ in 0..plan.workers {
+        let work = chaos(rig.worker(), random.fork(), plan.requests, plan.mix);
+        tasks.push(rig.driver.spawn(work));
+    }
+    let (worker, disk) = (rig.worker(), rig.disk.clone());
+    let work = snapshots(worker, disk, random.fork(), *plan, Rc::clone(&shelf));
+    tasks.push(rig.driver.spawn(work));
+    loop {
+        let disk: SimDisk = rig.disk.clone();
+        let moment = move || (disk.ops(), disk.in_flight().len());
+        let before = moment();
+        let outcome = rig.driver.run_until(|| moment() != before);
+        rig.verdict()?;
+        if outcome == Outcome::Stuck {
+            if tasks.iter().all(|task| task.is_done()) {
+                break;
+            }
+            return violation("deadlock");
+        }
+        if seen.len() >= states_max || random.u8(..4) != 0 {
+            continue;
+        }
+        for _ in 0..cuts {
+            let mode = match random.u8(..10) {
+                0 => CutMode::NothingUnflushed,
+                1 => CutMode::AllUnflushed,
+                2 | 3 => CutMode::AllButOneWrite,
+                _ => CutMode::Random,
+            };
+            let cut = rig.disk.power_cut(&mut random, mode);
+            if !seen.insert(fingerprint(&cut.contents(IMAGE))) {
+                continue;
+            }
+            let seed = random.u64(..);
+            let after = rig.after_cut(cut, seed);
+            let by_qemu = seen.len().is_multiple_of(qemu_every);
+            if let Err(violation) = judge(after, &shelf.borrow(), seed, by_qemu) {
+                let trace = rig.disk.trace();
+                return Err(Violation(format!(
+                    "{violation}\nbefore the cut ({mode:?}):\n{trace}"
+                )));
+            }
+        }
+    }
+    rig.close()?;
+    rig.judge_closed()?;
+    judge_shelf(&rig.disk.contents(IMAGE), &shelf.borrow())
+}
+
+fn survives(name: &str) {
+    let plan = plans()
+        .into_iter()
+        .find(|plan| plan.name == name)
+        .expect("a plan");
+    let mut seen = HashSet::new();
+    let replay = std::env::var_os("SEED").is_some();
+    for seed in seeds(40) {
+        if let Err(violation) = run(&plan, seed, 2, STATES_MIN + 50, QEMU_EVERY, &mut seen) {
+            panic!("{name}, SEED={seed}: {violation}");
+        }
+        if seen.len() >= STATES_MIN {
+            break;
+        }
+    }
+    assert!(
+        replay || seen.len() >= STATES_MIN,
+        "{name}: only {} distinct states",
+        seen.len()
+    );
+}
+
+macro_rules! survives {
+    ($($test:ident: $name:literal,)*) => {
+        $(
+            #[test]
+            fn $test() {
+                survives($name);
+            }
+        )*
+
+        #[test]
+        fn every_plan_has_its_test() {
+            let names = [$($name),*];
+            assert!(plans().iter().map(|plan| plan.name).eq(names));
+        }
+    };
+}
+
+survives! {
+    a_cut_with_data: "data",
+    a_cut_of_an_empty_image: "an empty image",
+    a_cut_with_small_clusters: "512-byte clusters",
+    a_cut_with_a_settled_snapshot: "a snapshot that is settled",
+    a_cut_with_discards: "discards",
+    a_cut_with_compressed_clusters: "compressed and zero clusters",
+    a_cut_with_narrow_refcounts: "narrow refcounts",
+    a_cut_with_wide_refcounts: "wide refcounts",
+    a_cut_of_version_2: "version 2",
+    a_cut_of_a_device: "a device",
+}
+
+#[test]
+fn every_order_of_snapshots_is_missed_when_it_is_broken() {
+    struct Broken;
+    impl Drop for Broken {
+        fn drop(&mut self) {
+            break_rule(None);
+        }
+    }
+    // The others are about what runs side by side (see `oracle`).
+    let durable = Rule::SNAPSHOT
+        .into_iter()
+        .filter(|rule| !CONCURRENT.contains(rule));
+    for rule in durable {
+        let broken = Broken;
+        break_rule(Some(rule));
+        let noticed = plans().iter().find_map(|plan| {
+            (1..=12).find_map(|seed| {
+                let check = || run(plan, seed, 3, 2000, usize::MAX, &mut HashSet::new());
+                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)) {
+                    Ok(Ok(())) => None,
+                    Ok(Err(violation)) => Some(violation.to_string()),
+                    Err(_) => Some("a panic".to_owned()),
+                }
+            })
+        });
+        drop(broken);
+        assert!(noticed.is_some(), "nobody notices that {rule:?} is broken");
+    }
+}
