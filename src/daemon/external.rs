@@ -44,8 +44,8 @@ use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 const CLUSTER_BITS_DEFAULT: u32 = 16;
 /// log2 of the usual refcount width.
 const REFCOUNT_ORDER: u32 = 4;
-/// Flushes before the pause, each shorter than the one before as long as the guest writes slower than
-/// the host does.
+/// Flushes before the pause at most. Each is much shorter than the one before if the guest writes
+/// slower than the host; if not, more of them would not help.
 const FLUSHES_BEFORE_MAX: u32 = 8;
 /// A flush as short as this leaves next to nothing for the one in the pause.
 const SHORT_FLUSH: Duration = Duration::from_millis(3);
@@ -69,12 +69,15 @@ pub(super) fn take(
     let mut overlay = Overlay::prepare(old, config, asked)?;
 
     let old_worker = old.image.worker(BlockingStorage::new(old.files()));
+    let mut last = Duration::MAX;
     for _ in 0..FLUSHES_BEFORE_MAX {
         let since = Instant::now();
         block_on(old_worker.flush())?;
-        if since.elapsed() <= SHORT_FLUSH {
+        let took = since.elapsed();
+        if took <= SHORT_FLUSH || took > last / 2 {
             break;
         }
+        last = took;
     }
 
     let since = Instant::now();

@@ -764,3 +764,43 @@ fn front_ends_come_and_go_while_snapshots_are_taken() -> Result<(), Failure> {
     qemu::expect_check(&active, &[CHECK_CLEAN])?;
     qemu::expect_check(&scene.image, &[CHECK_CLEAN])
 }
+
+#[test]
+fn an_overlay_that_cannot_be_finished_is_removed() -> Result<(), Failure> {
+    if !have_tools("an_overlay_that_cannot_be_finished_is_removed", TOOLS) {
+        return Ok(());
+    }
+    let mut scene = Scene::new("cluster_size=64k", &[])?;
+    // Its whole path is longer than a header can hold.
+    let mut deep = scene.dir.path().to_owned();
+    deep.extend((0..5).map(|_| "x".repeat(250)));
+    fs::create_dir_all(&deep)?;
+    let image = deep.join("base.qcow2");
+    fs::rename(&scene.image, &image)?;
+    let elsewhere = TempDir::with_prefix_in("qblkd-", env!("CARGO_TARGET_TMPDIR"))?;
+    scene.options = vec!["--snapshot-dir".into(), elsewhere.path().into()];
+    let server = scene.serve(&image)?;
+    let mut client = scene.client()?;
+    let arguments = json!({
+        "device": "disk0", "snapshot-file": elsewhere.path().join("overlay.qcow2"),
+    });
+    let said = snapshot(&mut client, &arguments)?
+        .err()
+        .ok_or("not refused")?;
+    ensure(said.contains("header"), || said)?;
+    assert_eq!(fs::read_dir(elsewhere.path())?.count(), 0);
+    // An image that has another name now could not be found again.
+    fs::rename(&image, deep.join("renamed.qcow2"))?;
+    fs::copy(deep.join("renamed.qcow2"), &image)?;
+    let arguments = json!({ "device": "disk0", "snapshot-file": deep.join("overlay.qcow2") });
+    let said = snapshot(&mut client, &arguments)?
+        .err()
+        .ok_or("not refused")?;
+    ensure(said.contains("not found"), || said)?;
+    assert_eq!(fs::read_dir(&deep)?.count(), 2);
+    let mut driver = Driver::connect(&server.socket)?;
+    assert_eq!(driver.request(OUT, 0, 4096, 0)?, OK);
+    drop(driver);
+    assert_eq!(server.terminate()?.code()?, 0);
+    qemu::expect_check(&deep.join("renamed.qcow2"), &[CHECK_CLEAN])
+}
