@@ -93,6 +93,13 @@ Examples:
   qblkd snapshot delete before-upgrade --control /run/disk-control.sock --wait
   qblkd snapshot delete --id 3 --blk-file disk.qcow2")]
     Delete(SnapshotDeleteArgs),
+    /// Make the disk what it was in an internal snapshot; what was written since is lost
+    #[command(after_help = "\
+The snapshot stays. Nobody may use the image meanwhile.
+
+Examples:
+  qblkd snapshot revert before-upgrade --blk-file disk.qcow2")]
+    Revert(SnapshotRevertArgs),
 }
 
 /// Where the snapshots are.
@@ -202,6 +209,11 @@ pub struct ServeArgs {
     /// Serve a read-only disk; nothing is ever written to the image
     #[arg(long, help_heading = "Image")]
     pub read_only: bool,
+
+    /// Serve the disk as it is in this internal snapshot, by its name or else its id; needs
+    /// --read-only
+    #[arg(long, value_name = "SNAPSHOT", help_heading = "Image")]
+    pub snapshot: Option<String>,
 
     /// Format of the image; it is never guessed
     #[arg(
@@ -419,6 +431,18 @@ pub struct CheckArgs {
     /// Print errors only
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Options of `qblkd snapshot revert`.
+#[derive(Debug, Args)]
+pub struct SnapshotRevertArgs {
+    /// Which snapshot is meant.
+    #[command(flatten)]
+    pub which: SnapshotNameArgs,
+
+    /// The image
+    #[arg(long, value_name = "FILE")]
+    pub blk_file: PathBuf,
 }
 
 /// `--format`, `--backing-format`.

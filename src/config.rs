@@ -108,6 +108,8 @@ pub struct ImageConfig {
     pub format: Format,
     /// Never write to it.
     pub read_only: bool,
+    /// Name or id of the internal snapshot to serve; only where `read_only`.
+    pub snapshot: Option<String>,
     /// How the host's page cache is used.
     pub cache: CacheMode,
     /// Give discarded space back.
@@ -306,6 +308,11 @@ pub enum SnapshotAction {
         /// Stay until the background work is done.
         wait: bool,
     },
+    /// Go back to one. Only in an image that nobody uses.
+    Revert {
+        /// Which one.
+        which: SnapshotName,
+    },
 }
 
 /// Which internal snapshot is meant.
@@ -429,6 +436,17 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
     let path = args.blk_file.ok_or(ConfigError::Usage(
         "no image given; use --blk-file FILE to say what to serve",
     ))?;
+    if args.snapshot.is_some() && !args.read_only {
+        return Err(ConfigError::Usage(
+            "--snapshot needs --read-only: a snapshot is never written (to go on from it, use \
+             `qblkd snapshot revert`)",
+        ));
+    }
+    if args.snapshot.is_some() && args.format != FormatArg::Qcow2 {
+        return Err(ConfigError::Usage(
+            "--snapshot needs --format qcow2: a raw image has no snapshots",
+        ));
+    }
     let cache_size = |option, given: Option<String>| {
         let allowed = "a size, such as 32M";
         given
@@ -443,6 +461,7 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
         path,
         format: args.format.into(),
         read_only: args.read_only,
+        snapshot: args.snapshot,
         cache: args.cache.into(),
         discard_unmaps: args.discard == DiscardArg::Unmap,
         locking: args.locking.into(),
@@ -634,6 +653,13 @@ fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
             (args.target, SnapshotAction::Create { name, wait })
         }
         SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
+        SnapshotCommand::Revert(args) => {
+            let which = snapshot_name(args.which)?;
+            return Ok(SnapshotConfig {
+                target: SnapshotTarget::File(args.blk_file),
+                action: SnapshotAction::Revert { which },
+            });
+        }
         SnapshotCommand::Delete(args) => {
             let (which, wait) = (snapshot_name(args.which)?, args.wait);
             (args.target, SnapshotAction::Delete { which, wait })
@@ -873,6 +899,7 @@ mod tests {
                     path: "f".into(),
                     format: Format::Qcow2,
                     read_only: false,
+                    snapshot: None,
                     cache: CacheMode::Writeback,
                     discard_unmaps: true,
                     locking: Locking::Auto,
@@ -899,9 +926,10 @@ mod tests {
 
     #[test]
     fn every_option_arrives() {
-        let options = "--read-only --format raw --cache none --discard ignore --locking off \
-                       --backing-dir a --backing-dir b --snapshot-dir c \
-                       --snapshot-dir d --l2-cache-size 32M --l2-cache-entry-size 8k --refcount-cache-size 1M --block-size 4k \
+        let options = "--read-only --snapshot s1 --format qcow2 --cache none --discard ignore \
+                       --locking off --backing-dir a --backing-dir b --snapshot-dir c \
+                       --snapshot-dir d --l2-cache-size 32M --l2-cache-entry-size 8k \
+                       --refcount-cache-size 1M --block-size 4k \
                        --serial S1 --id vda --num-queues 4 --queue-size 256 --threads 2 \
                        --poll-us 0 --control c --log warn,qblkd=trace --socket-group kvm \
                        --socket-mode 0660";
@@ -915,8 +943,9 @@ mod tests {
                 },
                 image: ImageConfig {
                     path: "f".into(),
-                    format: Format::Raw,
+                    format: Format::Qcow2,
                     read_only: true,
+                    snapshot: Some("s1".into()),
                     cache: CacheMode::None,
                     discard_unmaps: false,
                     locking: Locking::Off,

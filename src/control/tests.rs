@@ -15,16 +15,37 @@ use super::info::{
     BackingInfo, CacheInfo, DeviceInfo, DeviceStats, InternalSnapshotInfo, LatencyHistogram,
     NodeInfo, OperationStats, Qcow2Info, WorkerStats,
 };
+use super::job::{IoStatus, JobInfo, JobKind, JobStatus};
 use super::{
-    BindError, CLIENT_COUNT_MAX, ControlServer, Event, Handler, IoErrorAction, IoOperation,
-    ShutdownReason,
+    BindError, CLIENT_COUNT_MAX, CommandError, ControlServer, Event, Handler, IoErrorAction,
+    IoOperation, Order, ShutdownReason, SnapshotAction, Ticket,
 };
+use crate::engine::Selector;
 
 const TOKEN_BASE: u64 = 100;
 
 #[derive(Default)]
 struct Daemon {
     quit_count: usize,
+    /// Orders that were handed over, and not answered yet.
+    orders: Vec<(Ticket, Order)>,
+    jobs: Vec<JobInfo>,
+    /// The device is read-only.
+    read_only: bool,
+}
+
+fn job(id: &str, status: JobStatus) -> JobInfo {
+    JobInfo {
+        id: id.into(),
+        kind: JobKind::SnapshotSave,
+        status,
+        io_status: IoStatus::Ok,
+        done: 3,
+        total: 8,
+        speed: 0,
+        error: None,
+        snapshot: Some(("1".into(), "first".into())),
+    }
 }
 
 fn node(name: &str, filename: &str) -> NodeInfo {
@@ -75,7 +96,10 @@ impl Handler for Daemon {
                 date_nsec: 12,
                 vm_clock_sec: 206,
                 vm_clock_nsec: 30,
+                icount: None,
+                more: None,
             });
+        active.read_only = self.read_only;
         let mut base = node("disk0.1", "/images/base.raw");
         base.format = "raw";
         base.read_only = true;
@@ -112,9 +136,50 @@ impl Handler for Daemon {
         }
     }
 
+    fn jobs(&mut self) -> Vec<JobInfo> {
+        self.jobs.clone()
+    }
+
+    fn set_job_speed(&mut self, id: &str, speed: u64) {
+        let job = self.jobs.iter_mut().find(|job| job.id == id);
+        job.unwrap().speed = speed;
+    }
+
+    fn dismiss_job(&mut self, id: &str) {
+        self.jobs.retain(|job| job.id != id);
+    }
+
+    fn order(&mut self, ticket: Ticket, order: Order) -> Result<(), CommandError> {
+        if self.orders.len() == ORDERS_MAX {
+            return Err(CommandError::generic("enough"));
+        }
+        self.orders.push((ticket, order));
+        Ok(())
+    }
+
     fn quit(&mut self) {
         self.quit_count += 1;
     }
+}
+
+/// More orders are refused at once.
+const ORDERS_MAX: usize = 2;
+
+/// What becomes of a request that is refused: (arguments, description).
+type Refusal = (&'static str, &'static str);
+
+fn refusals(command: &str, refusals: &[Refusal]) {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    for (arguments, desc) in refusals {
+        let request = format!(r#"{{"execute":"{command}","arguments":{arguments}}}"#);
+        assert_eq!(
+            bench.ask(&mut client, &request),
+            [error("GenericError", desc)],
+            "{request}"
+        );
+    }
+    assert_eq!(bench.daemon.orders, []);
 }
 
 /// A server with the loop around it.
@@ -301,7 +366,14 @@ fn command_transcript() {
             concat!(
                 r#"{"return":[{"name":"query-version"},{"name":"query-commands"},"#,
                 r#"{"name":"query-block"},{"name":"query-named-block-nodes"},"#,
-                r#"{"name":"query-blockstats"},{"name":"quit"},{"name":"qmp_capabilities"}]}"#
+                r#"{"name":"query-blockstats"},"#,
+                r#"{"name":"blockdev-snapshot-internal-sync"},"#,
+                r#"{"name":"blockdev-snapshot-delete-internal-sync"},"#,
+                r#"{"name":"blockdev-snapshot-sync"},{"name":"transaction"},"#,
+                r#"{"name":"query-jobs"},{"name":"query-block-jobs"},"#,
+                r#"{"name":"block-job-set-speed"},{"name":"block-job-cancel"},"#,
+                r#"{"name":"block-job-dismiss"},{"name":"job-cancel"},{"name":"job-dismiss"},"#,
+                r#"{"name":"quit"},{"name":"qmp_capabilities"}]}"#
             ),
         ),
         (
@@ -850,4 +922,436 @@ fn the_python_package_qemu_qmp_works_unchanged() {
     };
     assert!(status.success(), "{status}");
     assert_eq!(bench.daemon.quit_count, 1);
+}
+
+#[test]
+fn bad_snapshots_are_refused_in_qemus_words() {
+    refusals(
+        "blockdev-snapshot-internal-sync",
+        &[
+            (r#"{}"#, "Parameter 'device' is missing"),
+            (r#"{"device":"disk0"}"#, "Parameter 'name' is missing"),
+            (
+                r#"{"device":1,"name":"a"}"#,
+                "Invalid parameter type for 'device', expected: string",
+            ),
+            (
+                r#"{"device":"disk0","name":"a","x":1}"#,
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                r#"{"device":"nope","name":"a"}"#,
+                "Cannot find device='nope' nor node-name='nope'",
+            ),
+            (
+                r#"{"device":"disk0.1","name":"a"}"#,
+                "Need a root block node",
+            ),
+            (r#"{"device":"disk0","name":""}"#, "Name is empty"),
+            (
+                r#"{"device":"disk0","name":"first"}"#,
+                "Snapshot with name 'first' already exists on device 'disk0'",
+            ),
+        ],
+    );
+}
+
+#[test]
+fn bad_deletes_are_refused_in_qemus_words() {
+    refusals(
+        "blockdev-snapshot-delete-internal-sync",
+        &[
+            (r#"{}"#, "Parameter 'device' is missing"),
+            (r#"{"device":"disk0"}"#, "Name or id must be provided"),
+            (
+                r#"{"device":"nope","id":"1"}"#,
+                "Cannot find device='nope' nor node-name='nope'",
+            ),
+            (
+                r#"{"device":"disk0","name":"x"}"#,
+                "Snapshot with id 'null' and name 'x' does not exist on device 'disk0'",
+            ),
+            (
+                r#"{"device":"disk0","id":"2","name":"first"}"#,
+                "Snapshot with id '2' and name 'first' does not exist on device 'disk0'",
+            ),
+        ],
+    );
+}
+
+#[test]
+fn bad_transactions_are_refused_as_a_whole() {
+    refusals(
+        "transaction",
+        &[
+            (r#"{}"#, "Parameter 'actions' is missing"),
+            (
+                r#"{"actions":[3]}"#,
+                "Invalid parameter type for 'actions[0]', expected: object",
+            ),
+            (
+                r#"{"actions":[{"data":{}}]}"#,
+                "Parameter 'actions[0].type' is missing",
+            ),
+            (
+                r#"{"actions":[{"type":"blockdev-backup","data":{}}]}"#,
+                "Parameter 'type' does not accept value 'blockdev-backup'",
+            ),
+            (
+                concat!(
+                    r#"{"actions":[{"type":"abort","data":{}},"#,
+                    r#"{"type":"blockdev-snapshot-internal-sync"}]}"#
+                ),
+                "Parameter 'actions[1].data' is missing",
+            ),
+            (
+                concat!(
+                    r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                    r#""data":{"device":"disk0"}}]}"#
+                ),
+                "Parameter 'actions[0].data.name' is missing",
+            ),
+            (
+                concat!(
+                    r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                    r#""data":{"device":"disk0","name":"a"}},"#,
+                    r#"{"type":"blockdev-snapshot-internal-sync","#,
+                    r#""data":{"device":"disk0","name":"a"}}]}"#
+                ),
+                "Snapshot with name 'a' already exists on device 'disk0'",
+            ),
+            (
+                concat!(
+                    r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                    r#""data":{"device":"disk0","name":"a"}},{"type":"abort","data":{}}]}"#
+                ),
+                "Transaction aborted using Abort action",
+            ),
+            (
+                concat!(
+                    r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                    r#""data":{"device":"disk0","name":"a"}}],"#,
+                    r#""properties":{"completion-mode":"grouped"}}"#
+                ),
+                "Action 'blockdev-snapshot-internal-sync' does not support transaction property \
+                 completion-mode = grouped",
+            ),
+        ],
+    );
+}
+
+#[test]
+fn bad_external_snapshots_are_refused() {
+    refusals(
+        "blockdev-snapshot-sync",
+        &[
+            (r#"{}"#, "Parameter 'snapshot-file' is missing"),
+            (
+                r#"{"snapshot-file":"o"}"#,
+                "One of 'device' and 'node-name' must be given",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":3}"#,
+                "Invalid parameter type for 'snapshot-file', expected: string",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","x":1}"#,
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                r#"{"device":"nope","snapshot-file":"o"}"#,
+                "Cannot find device='nope' nor node-name='nope'",
+            ),
+            (
+                r#"{"device":"disk0","node-name":"disk0.1","snapshot-file":"o"}"#,
+                "Need a root block node",
+            ),
+            (
+                r#"{"node-name":"disk0","snapshot-file":"o"}"#,
+                "Parameter 'snapshot-node-name' is missing: the image was given by its node name",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","format":"raw"}"#,
+                "Parameter 'format' does not accept value 'raw': an overlay is of format qcow2",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","mode":"copy"}"#,
+                "Parameter 'mode' does not accept value 'copy'",
+            ),
+        ],
+    );
+    refusals(
+        "transaction",
+        &[(
+            concat!(
+                r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                r#""data":{"device":"disk0","name":"a"}},{"type":"blockdev-snapshot-sync","#,
+                r#""data":{"device":"disk0","snapshot-file":"o"}}]}"#
+            ),
+            "An external snapshot must be the only one of its transaction: nothing else can be \
+             done to an image that becomes a backing file",
+        )],
+    );
+}
+
+#[test]
+fn external_snapshots_are_ordered_as_they_were_meant() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    let arguments = [
+        r#"{"device":"disk0","snapshot-file":"o","format":"qcow2","mode":"absolute-paths"}"#,
+        r#"{"node-name":"disk0","snapshot-file":"o","snapshot-node-name":"n","mode":"existing"}"#,
+    ];
+    let requests = [
+        format!(
+            r#"{{"execute":"blockdev-snapshot-sync","arguments":{}}}"#,
+            arguments[0]
+        ),
+        format!(
+            r#"{{"execute":"transaction","arguments":{{"actions":[{{"type":"blockdev-snapshot-sync","data":{}}}]}}}}"#,
+            arguments[1]
+        ),
+    ];
+    let overlays = [(None, false), (Some("n".to_owned()), true)];
+    for (request, (node_name, existing)) in requests.iter().zip(overlays) {
+        assert_eq!(bench.ask(&mut client, request), [] as [Value; 0]);
+        let overlay = Overlay {
+            file: "o".into(),
+            node_name,
+            existing,
+        };
+        let order = Order::Snapshot(vec![SnapshotAction::External(overlay)]);
+        assert_eq!(bench.daemon.orders[0].1, order);
+        bench.answer(&Ok(json!({})));
+        assert_eq!(client.receive(), [json!({ "return": {} })]);
+    }
+}
+
+#[test]
+fn a_disk_that_is_read_only_keeps_its_snapshots() {
+    let mut bench = Bench::new();
+    bench.daemon.read_only = true;
+    let mut client = bench.negotiated();
+    let refused = [error("GenericError", "Device 'disk0' is read only")];
+    let requests = [
+        r#"{"execute":"blockdev-snapshot-internal-sync","arguments":{"device":"disk0","name":"a"}}"#,
+        concat!(
+            r#"{"execute":"blockdev-snapshot-delete-internal-sync","#,
+            r#""arguments":{"device":"disk0","name":"first"}}"#
+        ),
+        concat!(
+            r#"{"execute":"blockdev-snapshot-sync","#,
+            r#""arguments":{"device":"disk0","snapshot-file":"o"}}"#
+        ),
+    ];
+    for request in requests {
+        assert_eq!(bench.ask(&mut client, request), refused);
+    }
+}
+
+const TAKE: &str = r#"{"execute":"blockdev-snapshot-internal-sync","arguments":{"device":"disk0","name":"a"},"id":7}"#;
+
+impl Bench {
+    /// Answers the oldest order.
+    fn answer(&mut self, result: &Result<Value, CommandError>) {
+        let (ticket, _) = self.daemon.orders.remove(0);
+        self.server.answer(ticket, result, &mut self.daemon);
+        self.run();
+    }
+}
+
+#[test]
+fn orders_arrive_as_they_were_meant() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    assert_eq!(
+        bench.ask(
+            &mut client,
+            concat!(
+                r#"{"execute":"transaction","arguments":{"actions":["#,
+                r#"{"type":"blockdev-snapshot-internal-sync","data":{"device":"disk0","name":"a"}},"#,
+                r#"{"type":"blockdev-snapshot-internal-sync","data":{"device":"disk0","name":"b"}}"#,
+                r#"]}}"#
+            )
+        ),
+        [] as [Value; 0]
+    );
+    let internal = |name: &str| SnapshotAction::Internal { name: name.into() };
+    let order = Order::Snapshot(vec![internal("a"), internal("b")]);
+    assert_eq!(bench.daemon.orders[0].1, order);
+    bench.answer(&Ok(json!({})));
+    assert_eq!(client.receive(), [json!({ "return": {} })]);
+    bench.ask(
+        &mut client,
+        concat!(
+            r#"{"execute":"blockdev-snapshot-delete-internal-sync","#,
+            r#""arguments":{"device":"disk0","id":"1"}}"#
+        ),
+    );
+    let selector = Selector {
+        id: Some("1".into()),
+        name: None,
+    };
+    assert_eq!(bench.daemon.orders[0].1, Order::DeleteSnapshot(selector));
+    bench.answer(&Err(CommandError::generic("no luck")));
+    assert_eq!(client.receive(), [error("GenericError", "no luck")]);
+}
+
+#[test]
+fn replies_keep_the_order_of_the_requests_and_other_clients_do_not_wait() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    let mut other = bench.negotiated();
+    let nothing: [Value; 0] = [];
+    let requests = format!(r#"{TAKE}{{"execute":"query-jobs","id":8}}"#);
+    assert_eq!(bench.ask(&mut client, &requests), nothing);
+    client.send(r#"{"execute":"query-jobs","id":9}"#);
+    let jobs = r#"{"execute":"query-jobs"}"#;
+    assert_eq!(bench.ask(&mut other, jobs), [json!({ "return": [] })]);
+    assert_eq!(client.receive(), nothing);
+    bench.answer(&Ok(json!({})));
+    assert_eq!(
+        client.receive(),
+        [
+            json!({ "return": {}, "id": 7 }),
+            json!({ "return": [], "id": 8 }),
+            json!({ "return": [], "id": 9 }),
+        ]
+    );
+}
+
+#[test]
+fn a_client_that_is_gone_before_its_reply_hurts_nobody() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    let mut other = bench.negotiated();
+    bench.ask(&mut client, TAKE);
+    drop(client);
+    // The loop comes to rest, and the client is gone before it is answered.
+    bench.run();
+    assert_eq!(bench.server.sessions.len(), 1);
+    bench.ask(&mut other, TAKE);
+    let (ticket, _) = bench.daemon.orders[0];
+    let refused = Err(CommandError::generic("for the first"));
+    bench.server.answer(ticket, &refused, &mut bench.daemon);
+    bench.daemon.orders.remove(0);
+    bench.answer(&Ok(json!({})));
+    assert_eq!(other.receive(), [json!({ "return": {}, "id": 7 })]);
+}
+
+#[test]
+fn a_client_that_sends_no_more_still_gets_its_late_reply() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    client.send(TAKE);
+    client.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    bench.run();
+    bench.server.emit(&Event::Shutdown {
+        guest: false,
+        reason: ShutdownReason::HostSignal,
+    });
+    bench.answer(&Ok(json!({})));
+    let received = client.receive();
+    assert_eq!(received.len(), 2, "{received:?}");
+    assert_eq!(received[1], json!({ "return": {}, "id": 7 }));
+    assert!(client.is_closed());
+}
+
+#[test]
+fn an_answer_counts_once_and_a_refused_order_needs_none() {
+    let mut bench = Bench::new();
+    let mut clients: Vec<_> = (0..=ORDERS_MAX).map(|_| bench.negotiated()).collect();
+    let replies: Vec<_> = clients
+        .iter_mut()
+        .map(|client| bench.ask(client, TAKE))
+        .collect();
+    let mut refused = error("GenericError", "enough");
+    refused["id"] = json!(7);
+    assert_eq!(replies, [vec![], vec![], vec![refused]]);
+    let (ticket, _) = bench.daemon.orders[0];
+    bench.answer(&Ok(json!({})));
+    bench
+        .server
+        .answer(ticket, &Ok(json!(1)), &mut bench.daemon);
+    assert_eq!(clients[0].receive(), [json!({ "return": {}, "id": 7 })]);
+}
+
+#[test]
+fn jobs_have_qemus_shape() {
+    let mut bench = Bench::new();
+    bench.daemon.jobs = vec![job("settle-1", JobStatus::Running)];
+    let mut client = bench.negotiated();
+    assert_eq!(
+        bench.ask(&mut client, r#"{"execute":"query-jobs"}"#),
+        [json!({ "return": [{
+            "id": "settle-1", "type": "snapshot-save", "status": "running",
+            "current-progress": 3, "total-progress": 8,
+            "x-qblkd": { "snapshot-id": "1", "snapshot-name": "first" },
+        }] })]
+    );
+    assert_eq!(
+        bench.ask(&mut client, r#"{"execute":"query-block-jobs"}"#),
+        [json!({ "return": [{
+            "type": "snapshot-save", "device": "settle-1", "len": 8, "busy": true, "paused": false,
+            "offset": 3, "speed": 0, "io-status": "ok", "ready": false, "status": "running",
+            "auto-finalize": true, "auto-dismiss": true,
+        }] })]
+    );
+}
+
+#[test]
+fn jobs_take_the_commands_that_suit_their_state() {
+    let mut bench = Bench::new();
+    bench.daemon.jobs = vec![
+        job("settle-1", JobStatus::Concluded),
+        job("settle-2", JobStatus::Running),
+    ];
+    let mut client = bench.negotiated();
+    let mut ask = |command: &str, arguments: &str| {
+        let request = format!(r#"{{"execute":"{command}","arguments":{arguments}}}"#);
+        bench.ask(&mut client, &request).remove(0)
+    };
+    let done = json!({ "return": {} });
+    let gone = error("GenericError", "Job not found");
+    let inactive = error("DeviceNotActive", "Block job 'x' not found");
+    assert_eq!(ask("job-cancel", r#"{"id":"x"}"#), gone);
+    assert_eq!(ask("job-dismiss", r#"{"id":"x"}"#), gone);
+    assert_eq!(ask("block-job-cancel", r#"{"device":"x"}"#), inactive);
+    assert_eq!(ask("block-job-dismiss", r#"{"id":"x"}"#), inactive);
+    assert_eq!(
+        ask("block-job-set-speed", r#"{"device":"x","speed":1}"#),
+        inactive
+    );
+    assert_eq!(
+        ask("block-job-set-speed", r#"{"device":"settle-2","speed":-1}"#),
+        error(
+            "GenericError",
+            "Parameter 'speed' expects a non-negative value"
+        )
+    );
+    assert_eq!(
+        ask("block-job-set-speed", r#"{"device":"settle-2","speed":5}"#),
+        done
+    );
+    assert_eq!(ask("query-block-jobs", "{}")["return"][1]["speed"], 5);
+    assert_eq!(
+        ask("job-cancel", r#"{"id":"settle-2"}"#),
+        error(
+            "GenericError",
+            "Job 'settle-2' in state 'running' cannot accept command verb 'cancel': this work is \
+             needed to bring the image's reference counts up to date"
+        )
+    );
+    assert_eq!(
+        ask("job-dismiss", r#"{"id":"settle-2"}"#),
+        error(
+            "GenericError",
+            "Job 'settle-2' in state 'running' cannot accept command verb 'dismiss'"
+        )
+    );
+    assert_eq!(ask("job-dismiss", r#"{"id":"settle-1"}"#), done);
+    assert_eq!(
+        ask("query-jobs", "{}")["return"].as_array().unwrap().len(),
+        1
+    );
 }

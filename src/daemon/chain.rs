@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::config::{ImageConfig, Locking as LockingConfig};
 use crate::engine::chain::{ChainOptions, OpenLayer, open_chain};
 use crate::engine::info::{ImageInfo, info};
-use crate::engine::{self, ErrorKind, Image, LayerFormat, LayerSpec, OpenOptions};
+use crate::engine::{self, ErrorKind, Image, LayerFormat, LayerSpec, OpenOptions, Selector};
+use crate::format::snapshot::SnapshotEntry;
 use crate::storage::lock::{ImageLock, LOCK_PATIENCE, LockKind, Locking};
 use crate::storage::{BlockingStorage, FileId, HostFile, block_on};
 
@@ -45,7 +46,11 @@ impl Chain {
         })?;
         let specs = specs(&layers);
         let storage = storage(&layers);
-        let image = block_on(Image::open(&storage, &specs, &open_options(config)))?;
+        let mut options = open_options(config);
+        if let Some(wanted) = &config.snapshot {
+            options.snapshot = Some(find_snapshot(&storage, wanted)?);
+        }
+        let image = block_on(Image::open(&storage, &specs, &options))?;
         let mut nodes = Vec::with_capacity(layers.len());
         for (index, (layer, lock)) in layers.into_iter().zip(locks).enumerate() {
             nodes.push(Node {
@@ -59,6 +64,15 @@ impl Chain {
             });
         }
         Ok(Self { image, nodes })
+    }
+
+    /// Bytes of the disk of a layer, which `node` is about.
+    pub(super) fn virtual_size(&self, index: usize, node: &Node, of_snapshot: bool) -> u64 {
+        match &node.info {
+            Some(_) if index == 0 && of_snapshot => self.image.virtual_size(),
+            Some(info) => info.header.size,
+            None => node.layer.file.len().unwrap_or(0),
+        }
     }
 
     /// The files in the order of their ids.
@@ -152,4 +166,22 @@ pub(super) fn node_info(layer: &OpenLayer) -> Result<Option<ImageInfo>, engine::
             block_on(info(&storage, FileId(0))).map(Some)
         }
     }
+}
+
+/// The internal snapshot of this name in the active image, or else that of this id.
+fn find_snapshot(storage: &BlockingStorage, wanted: &str) -> Result<Selector, engine::Error> {
+    let snapshots = block_on(info(storage, FileId(0)))?.snapshots;
+    let given = Some(wanted.to_owned());
+    let is_name = |entry: &SnapshotEntry| entry.name == wanted.as_bytes();
+    Ok(if snapshots.iter().any(is_name) {
+        Selector {
+            id: None,
+            name: given,
+        }
+    } else {
+        Selector {
+            id: given,
+            name: None,
+        }
+    })
 }

@@ -108,7 +108,7 @@ pub(super) fn take(
             error.chain()
         );
     }
-    let nodes = nodes(old, config, overlay, name);
+    let nodes = nodes(old, config, overlay, &name);
     log::info!(
         "external snapshot '{}': requests waited for {} us (drain {}, flush {}, open and hand over {})",
         asked.file.display(),
@@ -342,7 +342,7 @@ fn same_file(one: &HostFile, other: &HostFile) -> Result<bool, Error> {
 }
 
 /// The nodes of the new chain: those of the old one with their names, below the overlay.
-fn nodes(old: &Chain, config: &ImageConfig, overlay: Overlay, name: String) -> Vec<Node> {
+fn nodes(old: &Chain, config: &ImageConfig, overlay: Overlay, name: &str) -> Vec<Node> {
     let kept = |layer: &OpenLayer, error: &Error| {
         log::warn!("{}: {}", layer.path.display(), error.chain());
     };
@@ -363,7 +363,7 @@ fn nodes(old: &Chain, config: &ImageConfig, overlay: Overlay, name: String) -> V
             old_node.and_then(|node| node.info.clone())
         });
         nodes.push(Node {
-            name: old_node.map_or_else(|| name.clone(), |node| node.name.clone()),
+            name: old_node.map_or(name, |node| &node.name).to_owned(),
             layer,
             info,
             lock,

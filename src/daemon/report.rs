@@ -62,10 +62,11 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: match &node.info {
-                Some(info) => info.header.size,
-                None => node.layer.file.len().unwrap_or(0),
-            },
+            virtual_size_bytes: self.background.chain().virtual_size(
+                index,
+                node,
+                self.config.image.snapshot.is_some(),
+            ),
             actual_size_bytes: node
                 .layer
                 .file

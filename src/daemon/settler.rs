@@ -458,24 +458,24 @@ impl Settling<'_> {
 
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
         let result = match &order {
-            Order::Snapshot(actions) if let [SnapshotAction::External(overlay)] = &actions[..] => {
-                self.overlay(overlay).map(Answer::Overlaid)
-            }
-            Order::Snapshot(actions) => match self.snapshot(actions) {
-                Ok(created) => {
-                    let unsettled = created.iter().filter(|created| !created.durable);
-                    let works: Vec<_> = unsettled.map(|created| created.work).collect();
-                    if !works.is_empty() {
-                        self.owed.push(Owed {
-                            ticket,
-                            order,
-                            works,
-                        });
-                        return;
+            Order::Snapshot(actions) => match &actions[..] {
+                [SnapshotAction::External(overlay)] => self.overlay(overlay).map(Answer::Overlaid),
+                actions => match self.snapshot(actions) {
+                    Ok(created) => {
+                        let unsettled = created.iter().filter(|created| !created.durable);
+                        let works: Vec<_> = unsettled.map(|created| created.work).collect();
+                        if !works.is_empty() {
+                            self.owed.push(Owed {
+                                ticket,
+                                order,
+                                works,
+                            });
+                            return;
+                        }
+                        Ok(Answer::Created)
                     }
-                    Ok(Answer::Created)
-                }
-                Err(error) => Err(error),
+                    Err(error) => Err(error),
+                },
             },
             Order::DeleteSnapshot(selector) => self.delete(selector).map(Answer::Deleted),
         };

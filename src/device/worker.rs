@@ -913,19 +913,22 @@ impl Worker {
         let engine = Rc::clone(&self.engine);
         let config = Arc::clone(&self.parts.config);
         let what = if zeroes { "write zeroes" } else { "discard" };
-        let pin = pin.share();
+        let mut pin = Some(pin.share());
         self.spawn(slot_index, what, async move {
             for segment in segments.into_iter().filter(|segment| segment.len != 0) {
                 let offset = GuestOffset::new(segment.offset);
+                // A segment may wait for a grace, which waits for every older pin: the request keeps
+                // none of its own meanwhile, and its later segments are of the present.
+                let pin = pin.take().unwrap_or_else(|| engine.pin());
                 if zeroes {
                     engine
-                        .write_zeroes(pin.share(), offset, segment.len, segment.unmap)
+                        .write_zeroes(pin, offset, segment.len, segment.unmap)
                         .await?;
                 } else {
-                    engine.discard(pin.share(), offset, segment.len).await?;
+                    engine.discard(pin, offset, segment.len).await?;
                 }
             }
-            drop(pin);
+            drop(pin.take());
             if config.is_write_through() {
                 engine.flush().await?;
             }

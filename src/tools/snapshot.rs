@@ -16,10 +16,12 @@ use serde_json::{Value, json};
 use super::info::{clock, date};
 use super::{Exit, human_size, lock, print, progress_bar};
 use crate::config::{SnapshotAction, SnapshotConfig, SnapshotName, SnapshotTarget};
+use crate::engine::info::info;
 use crate::engine::{
     Error, ErrorKind, Image, LayerFormat, LayerSpec, NewSnapshot, OpenOptions, Selector,
-    SnapshotInfo, Step, Worker,
+    SnapshotInfo, Step, Worker, revert,
 };
+use crate::format::snapshot::SnapshotEntry;
 use crate::storage::lock::{ImageLock, LockKind};
 use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 
@@ -56,10 +58,7 @@ fn select<'a>(
             let mut named = snapshots.iter().filter(|snapshot| snapshot.name == *name);
             let found = named.next();
             if named.next().is_some() {
-                return Err(Error::new(
-                    ErrorKind::Invalid,
-                    format!("several snapshots are named '{name}': give --id"),
-                ));
+                return Err(ambiguous(name));
             }
             found.or_else(|| by_id(name))
         }
@@ -73,6 +72,13 @@ fn select<'a>(
         };
         Error::new(ErrorKind::NotFound, text)
     })
+}
+
+fn ambiguous(name: &str) -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        format!("several snapshots are named '{name}': give --id"),
+    )
 }
 
 /// The list, for people or for programs.
@@ -165,6 +171,12 @@ fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<S
             });
             client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
             wait.then(|| ("delete-", snapshot.name.clone()))
+        }
+        SnapshotAction::Revert { .. } => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "a disk that is served cannot be reverted: stop the server, and use --blk-file",
+            ));
         }
     };
     if let Some((kind, name)) = job {
@@ -292,20 +304,20 @@ impl Client {
 fn message(kind: &str) -> &'static str {
     match kind {
         "delete-" => "giving space back",
+        "revert" => "checking reference counts",
         _ => "counting references",
     }
 }
 
-/// An image that nobody else uses.
-struct Opened {
-    storage: BlockingStorage,
-    image: Arc<Image>,
+/// An image file that nobody else uses.
+struct Locked {
+    file: Arc<HostFile>,
+    write: bool,
     /// Given back last.
     _lock: ImageLock,
 }
 
-/// Opens and locks the image alone, without its backing files.
-fn open(path: &Path, write: bool) -> Result<Opened, Error> {
+fn lock_image(path: &Path, write: bool) -> Result<Locked, Error> {
     let direct = false;
     let file = HostFile::open(path, OpenMode { write, direct })
         .map(Arc::new)
@@ -316,27 +328,40 @@ fn open(path: &Path, write: bool) -> Result<Opened, Error> {
         LockKind::Reader
     };
     let lock = lock(&file, kind)?;
-    let storage = BlockingStorage::new(vec![Arc::clone(&file)]);
-    let spec = LayerSpec {
-        file: FileId(0),
-        format: LayerFormat::Qcow2,
-    };
-    let options = OpenOptions {
-        read_only: !write,
-        ..OpenOptions::default()
-    };
-    let image = block_on(Image::open(&storage, &[spec], &options))?;
-    Ok(Opened {
-        storage,
-        image,
+    Ok(Locked {
+        file,
+        write,
         _lock: lock,
     })
+}
+
+impl Locked {
+    fn storage(&self) -> BlockingStorage {
+        BlockingStorage::new(vec![Arc::clone(&self.file)])
+    }
+
+    /// Opens the image alone, without its backing files.
+    fn open(&self) -> Result<Arc<Image>, Error> {
+        let spec = LayerSpec {
+            file: FileId(0),
+            format: LayerFormat::Qcow2,
+        };
+        let options = OpenOptions {
+            read_only: !self.write,
+            ..OpenOptions::default()
+        };
+        block_on(Image::open(&self.storage(), &[spec], &options))
+    }
 }
 
 /// Does it in an image that nobody uses.
 fn offline(path: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<String, Error> {
     match action {
-        SnapshotAction::List { json } => Ok(show(&open(path, false)?.image.snapshots(), *json)),
+        SnapshotAction::List { json } => {
+            let image = lock_image(path, false)?.open()?;
+            Ok(show(&image.snapshots(), *json))
+        }
+        SnapshotAction::Revert { which } => go_back(path, which, bar),
         SnapshotAction::Create { name, .. } => {
             let now = SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -348,32 +373,59 @@ fn offline(path: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<St
                 date_nsec: now.subsec_nanos(),
                 vm_clock_nsec: 0,
             };
-            change(path, bar, "settle-", async |worker| {
+            change(lock_image(path, true)?, bar, "settle-", async |worker| {
                 worker.create_snapshots(&[new]).await.map(drop)
             })
         }
-        SnapshotAction::Delete { which, .. } => change(path, bar, "delete-", async |worker| {
-            let snapshots = worker.image().snapshots();
-            let snapshot = select(&snapshots, which)?;
-            let selector = Selector {
-                id: Some(snapshot.id.clone()),
-                name: Some(snapshot.name.clone()),
-            };
-            worker.delete_snapshot(&selector).await.map(drop)
-        }),
+        SnapshotAction::Delete { which, .. } => {
+            change(lock_image(path, true)?, bar, "delete-", async |worker| {
+                let snapshots = worker.image().snapshots();
+                let snapshot = select(&snapshots, which)?;
+                let selector = Selector {
+                    id: Some(snapshot.id.clone()),
+                    name: Some(snapshot.name.clone()),
+                };
+                worker.delete_snapshot(&selector).await.map(drop)
+            })
+        }
     }
+}
+
+/// Goes back to a snapshot, and counts what that has changed.
+fn go_back(path: &Path, which: &SnapshotName, bar: &ProgressBar) -> Result<String, Error> {
+    let locked = lock_image(path, true)?;
+    let storage = locked.storage();
+    let snapshots = block_on(info(&storage, FileId(0)))?.snapshots;
+    let selector = match which {
+        SnapshotName::Id(id) => Selector {
+            id: Some(id.clone()),
+            name: None,
+        },
+        SnapshotName::NameOrId(name) => {
+            let count = |entry: &&SnapshotEntry| entry.name == name.as_bytes();
+            let (id, name) = match snapshots.iter().filter(count).count() {
+                0 => (Some(name.clone()), None),
+                1 => (None, Some(name.clone())),
+                _ => return Err(ambiguous(name)),
+            };
+            Selector { id, name }
+        }
+    };
+    block_on(revert(storage, FileId(0), &selector))?;
+    // What the revert has left to be counted is counted now.
+    change(locked, bar, "revert", async |_| Ok(()))
 }
 
 /// Changes an image, does the background work of that, and closes the image. After an error it is
 /// closed too: what was there before is there still.
+#[expect(clippy::needless_pass_by_value, reason = "the lock goes with the work")]
 fn change(
-    path: &Path,
+    locked: Locked,
     bar: &ProgressBar,
     kind: &str,
     command: impl AsyncFnOnce(&Worker<BlockingStorage>) -> Result<(), Error>,
 ) -> Result<String, Error> {
-    let opened = open(path, true)?;
-    let worker = opened.image.background_worker(opened.storage);
+    let worker = locked.open()?.background_worker(locked.storage());
     let done = block_on(async {
         command(&worker).await?;
         bar.set_message(message(kind));
