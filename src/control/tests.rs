@@ -18,7 +18,7 @@ use super::info::{
 use super::job::{IoStatus, JobInfo, JobKind, JobStatus};
 use super::{
     BindError, CLIENT_COUNT_MAX, CommandError, ControlServer, Event, Handler, IoErrorAction,
-    IoOperation, Order, ShutdownReason, SnapshotAction, Ticket,
+    IoOperation, Order, Overlay, ShutdownReason, SnapshotAction, Ticket,
 };
 use crate::engine::Selector;
 
