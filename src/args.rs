@@ -257,6 +257,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR", help_heading = "Image")]
     pub backing_dir: Vec<PathBuf>,
 
+    /// Another directory that external snapshots may be made in, besides the image's own (repeatable)
+    #[arg(long, value_name = "DIR", help_heading = "Image")]
+    pub snapshot_dir: Vec<PathBuf>,
+
     /// Memory for cached L2 tables; too little is rounded up
     /// [default: enough for the whole disk, at most 256M]
     #[arg(long, value_name = "SIZE", help_heading = "Image")]

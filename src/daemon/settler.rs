@@ -21,14 +21,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{error, info, warn};
 
+use super::chain::Chain;
+use super::external;
 use super::pace::{Load, Pace, pause_for_speed};
 use super::{DaemonError, system};
-use crate::control::{Order, SnapshotAction, Ticket};
+use crate::config::ImageConfig;
+use crate::control::{Order, Overlay, SnapshotAction, Ticket};
+use crate::device::Pauser;
 use crate::engine::{
     BackgroundStatus, Created, Error, ErrorKind, Image, NewSnapshot, Selector, SnapshotInfo, Step,
     Worker,
 };
-use crate::storage::{HostFile, Ring, RingError, RingStorage};
+use crate::storage::{Ring, RingError, RingStorage};
 
 /// Operations in flight at a time.
 const RING_ENTRIES: u32 = 64;
@@ -55,6 +59,8 @@ pub(super) enum Task {
 pub(super) enum Answer {
     /// The snapshots are there.
     Created,
+    /// An overlay has taken the place of the image: this is served now.
+    Overlaid(Arc<Chain>),
     /// This one is not there any more.
     Deleted(SnapshotInfo),
 }
@@ -99,6 +105,17 @@ pub(super) type Tell = Box<dyn Fn(News) + Send>;
 /// Reads the device's counters.
 pub(super) type Meter = Box<dyn Fn() -> Load + Send>;
 
+/// Puts the events of an image where they belong.
+pub(super) type Watch = Box<dyn Fn(&Image) + Send>;
+
+/// What is served, and what it takes to serve something else.
+pub(super) struct Service {
+    pub(super) chain: Arc<Chain>,
+    pub(super) config: ImageConfig,
+    pub(super) pauser: Pauser,
+    pub(super) watch: Watch,
+}
+
 /// A settler at work.
 #[derive(Debug)]
 pub(super) struct Settler {
@@ -107,19 +124,15 @@ pub(super) struct Settler {
 }
 
 impl Settler {
-    /// Starts the thread. `files` are the image's host files, in the order of their ids.
+    /// Starts the thread.
     ///
     /// # Errors
     /// No thread or no io_uring could be had.
-    pub(super) fn start(
-        image: Arc<Image>,
-        files: Vec<Arc<HostFile>>,
-        meter: Meter,
-        tell: Tell,
-    ) -> Result<Self, DaemonError> {
+    pub(super) fn start(service: Service, meter: Meter, tell: Tell) -> Result<Self, DaemonError> {
         let (tasks, receiver) = mpsc::channel();
         let (started, starting) = mpsc::channel();
         let work = move || {
+            let files = service.chain.files();
             let storage = Ring::new(RING_ENTRIES)
                 .and_then(|ring| RingStorage::new(ring, files).map_err(RingError::Io));
             let storage = match storage {
@@ -133,7 +146,8 @@ impl Settler {
             let tell = Ending(tell);
             let _ = started.send(Ok(()));
             let mut settling = Settling {
-                worker: image.background_worker(storage),
+                worker: service.chain.image.background_worker(storage),
+                service,
                 tasks: receiver,
                 told: &tell.0,
                 meter,
@@ -199,6 +213,7 @@ struct Owed {
 
 /// The thread's own.
 struct Settling<'a> {
+    service: Service,
     worker: Rc<Worker<RingStorage>>,
     tasks: Receiver<Task>,
     told: &'a Tell,
@@ -398,6 +413,11 @@ impl Settling<'_> {
                 self.carry_out(ticket, order);
             }
         }
+        self.work_off()
+    }
+
+    /// Does all work that there is, without a pause.
+    fn work_off(&mut self) -> Result<(), Error> {
         self.new_work(Next::Sleep);
         loop {
             self.announce();
@@ -438,21 +458,24 @@ impl Settling<'_> {
 
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
         let result = match &order {
-            Order::Snapshot(actions) => match self.snapshot(actions) {
-                Ok(created) => {
-                    let unsettled = created.iter().filter(|created| !created.durable);
-                    let works: Vec<_> = unsettled.map(|created| created.work).collect();
-                    if !works.is_empty() {
-                        self.owed.push(Owed {
-                            ticket,
-                            order,
-                            works,
-                        });
-                        return;
+            Order::Snapshot(actions) => match &actions[..] {
+                [SnapshotAction::External(overlay)] => self.overlay(overlay).map(Answer::Overlaid),
+                actions => match self.snapshot(actions) {
+                    Ok(created) => {
+                        let unsettled = created.iter().filter(|created| !created.durable);
+                        let works: Vec<_> = unsettled.map(|created| created.work).collect();
+                        if !works.is_empty() {
+                            self.owed.push(Owed {
+                                ticket,
+                                order,
+                                works,
+                            });
+                            return;
+                        }
+                        Ok(Answer::Created)
                     }
-                    Ok(Answer::Created)
-                }
-                Err(error) => Err(error),
+                    Err(error) => Err(error),
+                },
             },
             Order::DeleteSnapshot(selector) => self.delete(selector).map(Answer::Deleted),
         };
@@ -462,13 +485,44 @@ impl Settling<'_> {
         ));
     }
 
+    /// Takes an external snapshot, and goes over to the new image.
+    fn overlay(&mut self, overlay: &Overlay) -> Result<Arc<Chain>, Error> {
+        // Nobody works on a backing file.
+        self.work_off()?;
+        let ring = self.worker.storage().ring().clone();
+        // What a future that was dropped has left behind names files of the old chain.
+        while ring.io_in_flight() > 0 {
+            ring.submit_and_wait(1, Some(POLL_INTERVAL))
+                .map_err(|source| Error::io("cannot wait for host I/O", source))?;
+            ring.reap(|_, _| {});
+        }
+        let Service {
+            chain,
+            config,
+            pauser,
+            watch,
+        } = &self.service;
+        let chain = Arc::new(external::take(chain, config, pauser, overlay, watch)?);
+        let storage = RingStorage::replace(ring, chain.files());
+        self.worker = chain.image.background_worker(storage);
+        self.service.chain = Arc::clone(&chain);
+        self.speeds.clear();
+        self.queued_last = 0;
+        self.running = None;
+        Ok(chain)
+    }
+
     fn snapshot(&self, actions: &[SnapshotAction]) -> Result<Vec<Created>, Error> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let new: Vec<_> = actions
             .iter()
-            .map(|SnapshotAction::Internal { name }| NewSnapshot {
+            .filter_map(|action| match action {
+                SnapshotAction::Internal { name } => Some(name),
+                SnapshotAction::External(_) => None,
+            })
+            .map(|name| NewSnapshot {
                 name: name.clone(),
                 // The format's own limit: seconds end in the year 2106.
                 date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),

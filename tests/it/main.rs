@@ -21,6 +21,8 @@ mod crash;
 #[cfg(test)]
 mod docs;
 #[cfg(test)]
+mod external;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod referee;
