@@ -308,7 +308,7 @@ pub enum SnapshotAction {
         /// Stay until the background work is done.
         wait: bool,
     },
-    /// Go back to one. Only in an image that nobody uses.
+    /// Go back to one. Only while no guest uses the disk.
     Revert {
         /// Which one.
         which: SnapshotName,
@@ -661,10 +661,7 @@ fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
         SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
         SnapshotCommand::Revert(args) => {
             let which = snapshot_name(args.which)?;
-            return Ok(SnapshotConfig {
-                target: SnapshotTarget::File(args.blk_file),
-                action: SnapshotAction::Revert { which },
-            });
+            (args.target, SnapshotAction::Revert { which })
         }
         SnapshotCommand::Delete(args) => {
             let (which, wait) = (snapshot_name(args.which)?, args.wait);

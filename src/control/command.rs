@@ -59,6 +59,9 @@ pub enum Order {
     Snapshot(Vec<SnapshotAction>),
     /// Removes an internal snapshot. Answered with QEMU's `SnapshotInfo` of it.
     DeleteSnapshot(Selector),
+    /// Makes the disk what it was in an internal snapshot. Answered with QEMU's `SnapshotInfo` of
+    /// it.
+    RevertSnapshot(Selector),
 }
 
 /// One snapshot of a transaction.
@@ -115,6 +118,7 @@ const COMMANDS: &[(&str, Run)] = &[
     ("blockdev-snapshot-internal-sync", snapshot_internal),
     ("blockdev-snapshot-delete-internal-sync", snapshot_delete),
     ("blockdev-snapshot-sync", snapshot_external),
+    ("x-qblkd-snapshot-revert", snapshot_revert),
     ("transaction", transaction),
     ("query-jobs", query_jobs),
     ("query-block-jobs", query_block_jobs),
@@ -329,6 +333,18 @@ fn snapshot_external(call: Call<'_>) -> Result<Outcome, CommandError> {
 }
 
 fn snapshot_delete(call: Call<'_>) -> Result<Outcome, CommandError> {
+    order_about_snapshot(call, Order::DeleteSnapshot)
+}
+
+fn snapshot_revert(call: Call<'_>) -> Result<Outcome, CommandError> {
+    order_about_snapshot(call, Order::RevertSnapshot)
+}
+
+/// Hands over what is to happen to an internal snapshot that is there.
+fn order_about_snapshot(
+    call: Call<'_>,
+    order: fn(Selector) -> Order,
+) -> Result<Outcome, CommandError> {
     let mut arguments = call.arguments;
     let device = arguments.need_text("device")?;
     let id = arguments.take_text("id")?;
@@ -358,8 +374,7 @@ fn snapshot_delete(call: Call<'_>) -> Result<Outcome, CommandError> {
     if node.read_only {
         return Err(read_only(&device));
     }
-    call.handler
-        .order(call.ticket, Order::DeleteSnapshot(selector))?;
+    call.handler.order(call.ticket, order(selector))?;
     Ok(Outcome::Later)
 }
 

@@ -27,7 +27,7 @@ pub(super) struct Node {
 pub(super) struct Chain {
     pub(super) image: Arc<Image>,
     /// Active layer first.
-    pub(super) nodes: Vec<Node>,
+    pub(super) nodes: Arc<[Node]>,
 }
 
 impl Chain {
@@ -63,7 +63,10 @@ impl Chain {
                 lock: Some(lock),
             });
         }
-        Ok(Self { image, nodes })
+        Ok(Self {
+            image,
+            nodes: nodes.into(),
+        })
     }
 
     /// Bytes of the disk of a layer, which `node` is about.
@@ -141,9 +144,9 @@ pub(super) fn open_options(config: &ImageConfig) -> OpenOptions {
 }
 
 /// The layers for the engine: their ids are their indices.
-pub(super) fn specs(layers: &[OpenLayer]) -> Vec<LayerSpec> {
+pub(super) fn specs<'a>(layers: impl IntoIterator<Item = &'a OpenLayer>) -> Vec<LayerSpec> {
     layers
-        .iter()
+        .into_iter()
         .zip(0..)
         .map(|(layer, number)| LayerSpec {
             file: FileId(number),

@@ -117,7 +117,10 @@ pub(super) fn take(
         (flushed - drained).as_micros(),
         (stood_still - flushed).as_micros(),
     );
-    Ok(Chain { image, nodes })
+    Ok(Chain {
+        image,
+        nodes: nodes.into(),
+    })
 }
 
 /// Whether the image can become a backing file now.
@@ -228,7 +231,7 @@ impl Overlay {
     ) -> Result<Self, Error> {
         let mut backing_dirs = config.backing_dirs.clone();
         // What is served already may be served on.
-        for node in &old.nodes {
+        for node in &*old.nodes {
             let real = fd_path(node.layer.file.as_file(), &node.layer.path)?;
             backing_dirs.extend(real.parent().map(Path::to_owned));
         }
@@ -284,7 +287,7 @@ impl Overlay {
             ));
         };
         let mut same = self.layers.len() == old.nodes.len() + 1;
-        for (layer, node) in self.layers.iter().skip(1).zip(&old.nodes) {
+        for (layer, node) in self.layers.iter().skip(1).zip(&*old.nodes) {
             same = same
                 && layer.format == node.layer.format
                 && same_file(&layer.file, &node.layer.file)?;
@@ -414,7 +417,7 @@ fn look_at(old: &Chain, path: &Path, allowed: &[PathBuf]) -> Result<(), Error> {
     let found = probe
         .metadata()
         .map_err(|error| Error::io(format!("cannot look at '{}'", path.display()), error))?;
-    for node in &old.nodes {
+    for node in &*old.nodes {
         let served = node.layer.file.as_file().metadata();
         let is_served =
             served.is_ok_and(|served| (served.dev(), served.ino()) == (found.dev(), found.ino()));

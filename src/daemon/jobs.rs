@@ -174,6 +174,10 @@ impl Background {
         while let Ok(news) = self.news.try_recv() {
             match news {
                 News::Answered(ticket, result) => replies.push((ticket, self.reply(result))),
+                News::Serving(chain) => {
+                    self.chain = chain;
+                    self.table.added_last = 0;
+                }
                 News::Ended => self.ended = true,
                 other => self.table.take(other),
             }
@@ -191,26 +195,20 @@ impl Background {
         &self.chain
     }
 
-    fn reply(
-        &mut self,
-        result: Result<Answer, (Order, engine::Error)>,
-    ) -> Result<Value, CommandError> {
+    fn reply(&self, result: Result<Answer, (Order, engine::Error)>) -> Result<Value, CommandError> {
         match result {
             Ok(Answer::Created) => Ok(json!({})),
-            Ok(Answer::Overlaid(chain)) => {
-                self.chain = chain;
-                // The new image counts its work anew.
-                self.table.added_last = 0;
-                Ok(json!({}))
-            }
-            Ok(Answer::Deleted(snapshot)) => {
+            Ok(Answer::Deleted(snapshot) | Answer::Reverted(snapshot)) => {
                 let mut info = InternalSnapshotInfo::from(&snapshot);
                 info.more = None;
                 Ok(json!(info))
             }
             Err((Order::Snapshot(actions), error)) => Err(self.snapshot_error(&actions, &error)),
             Err((Order::DeleteSnapshot(selector), error)) => {
-                Err(self.delete_error(&selector, &error))
+                Err(self.selector_error("delete", &selector, &error))
+            }
+            Err((Order::RevertSnapshot(selector), error)) => {
+                Err(self.selector_error("revert to", &selector, &error))
             }
         }
     }
@@ -242,14 +240,19 @@ impl Background {
         ))
     }
 
-    fn delete_error(&self, selector: &Selector, error: &engine::Error) -> CommandError {
+    fn selector_error(
+        &self,
+        what: &str,
+        selector: &Selector,
+        error: &engine::Error,
+    ) -> CommandError {
         let device = &self.device;
         if error.kind() == ErrorKind::NotFound {
             return no_snapshot(device, selector);
         }
         let message = error.chain();
         CommandError::generic(format!(
-            "Failed to delete snapshot on device '{device}': {message}"
+            "Failed to {what} snapshot on device '{device}': {message}"
         ))
     }
 
@@ -378,7 +381,7 @@ impl JobTable {
                     self.events.push(job.become_status(JobStatus::Concluded));
                 }
             }
-            News::Answered(..) | News::Ended => {}
+            News::Answered(..) | News::Serving(_) | News::Ended => {}
         }
     }
 

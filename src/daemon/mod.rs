@@ -12,6 +12,7 @@ mod external;
 mod jobs;
 mod pace;
 mod report;
+mod revert;
 mod settler;
 mod socket;
 

@@ -24,6 +24,7 @@ use log::{error, info, warn};
 use super::chain::Chain;
 use super::external;
 use super::pace::{Load, Pace, pause_for_speed};
+use super::revert;
 use super::{DaemonError, system};
 use crate::config::ImageConfig;
 use crate::control::{Order, Overlay, SnapshotAction, Ticket};
@@ -59,10 +60,10 @@ pub(super) enum Task {
 pub(super) enum Answer {
     /// The snapshots are there.
     Created,
-    /// An overlay has taken the place of the image: this is served now.
-    Overlaid(Arc<Chain>),
     /// This one is not there any more.
     Deleted(SnapshotInfo),
+    /// The disk is what it was in this one.
+    Reverted(SnapshotInfo),
 }
 
 /// What the settler tells the main thread.
@@ -70,6 +71,8 @@ pub(super) enum Answer {
 pub(super) enum News {
     /// What became of an order. The order comes back with the error, for its words.
     Answered(Ticket, Result<Answer, (Order, Error)>),
+    /// Another image is served now; it counts its work anew.
+    Serving(Arc<Chain>),
     /// There is a new piece of work.
     Queued(BackgroundStatus),
     /// A piece of work has begun, or goes on after an error.
@@ -416,10 +419,14 @@ impl Settling<'_> {
         self.work_off()
     }
 
-    /// Does all work that there is, without a pause.
+    /// Does all work that there is, without a pause; of an image that has failed, none.
     fn work_off(&mut self) -> Result<(), Error> {
         self.new_work(Next::Sleep);
         loop {
+            if self.worker.image().has_failed() {
+                // That was told when it happened.
+                return Ok(());
+            }
             self.announce();
             match drive(&self.worker, self.worker.background_step()) {
                 Ok(Step::Idle) => return Ok(()),
@@ -459,7 +466,9 @@ impl Settling<'_> {
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
         let result = match &order {
             Order::Snapshot(actions) => match &actions[..] {
-                [SnapshotAction::External(overlay)] => self.overlay(overlay).map(Answer::Overlaid),
+                [SnapshotAction::External(overlay)] => {
+                    self.overlay(overlay).map(|()| Answer::Created)
+                }
                 actions => match self.snapshot(actions) {
                     Ok(created) => {
                         let unsettled = created.iter().filter(|created| !created.durable);
@@ -478,6 +487,7 @@ impl Settling<'_> {
                 },
             },
             Order::DeleteSnapshot(selector) => self.delete(selector).map(Answer::Deleted),
+            Order::RevertSnapshot(selector) => self.revert(selector).map(Answer::Reverted),
         };
         self.tell(News::Answered(
             ticket,
@@ -486,30 +496,65 @@ impl Settling<'_> {
     }
 
     /// Takes an external snapshot, and goes over to the new image.
-    fn overlay(&mut self, overlay: &Overlay) -> Result<Arc<Chain>, Error> {
+    fn overlay(&mut self, overlay: &Overlay) -> Result<(), Error> {
         // Nobody works on a backing file.
         self.work_off()?;
-        let ring = self.worker.storage().ring().clone();
-        // What a future that was dropped has left behind names files of the old chain.
-        while ring.io_in_flight() > 0 {
-            ring.submit_and_wait(1, Some(POLL_INTERVAL))
-                .map_err(|source| Error::io("cannot wait for host I/O", source))?;
-            ring.reap(|_, _| {});
-        }
+        self.drain()?;
         let Service {
             chain,
             config,
             pauser,
             watch,
         } = &self.service;
-        let chain = Arc::new(external::take(chain, config, pauser, overlay, watch)?);
+        let chain = external::take(chain, config, pauser, overlay, watch)?;
+        self.go_over(chain);
+        Ok(())
+    }
+
+    /// Goes back to an internal snapshot.
+    fn revert(&mut self, selector: &Selector) -> Result<SnapshotInfo, Error> {
+        // Before the part that may take long; what counts is asked again.
+        revert::refuse_in_use(&self.service.pauser.pause())?;
+        self.work_off()?;
+        self.drain()?;
+        let Service {
+            chain,
+            config,
+            pauser,
+            watch,
+        } = &self.service;
+        let reverted = revert::take(chain, config, pauser, selector, watch)?;
+        self.go_over(reverted.chain);
+        let snapshot = reverted.result?;
+        info!(
+            "the disk is what it was in snapshot '{}' (id {})",
+            snapshot.name, snapshot.id
+        );
+        Ok(snapshot)
+    }
+
+    /// Waits for what a future that was dropped has left behind: it names files of the old chain.
+    fn drain(&self) -> Result<(), Error> {
+        let ring = self.worker.storage().ring();
+        while ring.io_in_flight() > 0 {
+            ring.submit_and_wait(1, Some(POLL_INTERVAL))
+                .map_err(|source| Error::io("cannot wait for host I/O", source))?;
+            ring.reap(|_, _| {});
+        }
+        Ok(())
+    }
+
+    /// Works on another image from now on. The ring is drained.
+    fn go_over(&mut self, chain: Chain) {
+        let chain = Arc::new(chain);
+        let ring = self.worker.storage().ring().clone();
         let storage = RingStorage::replace(ring, chain.files());
         self.worker = chain.image.background_worker(storage);
         self.service.chain = Arc::clone(&chain);
         self.speeds.clear();
         self.queued_last = 0;
         self.running = None;
-        Ok(chain)
+        self.tell(News::Serving(chain));
     }
 
     fn snapshot(&self, actions: &[SnapshotAction]) -> Result<Vec<Created>, Error> {

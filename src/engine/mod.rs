@@ -193,6 +193,11 @@ impl Image {
         Worker::new(Arc::clone(self), storage)
     }
 
+    /// Takes no more writes from now on: the file may not be what this image knows of it.
+    pub fn abandon(&self, message: String) {
+        self.fail(ImageEvent::Failed { message });
+    }
+
     /// Access for a thread that does background work: a small directory.
     pub fn background_worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
         Worker::with_directory(Arc::clone(self), storage, BACKGROUND_SLOTS, Arc::default())

@@ -174,11 +174,13 @@ fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<S
             client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
             wait.then(|| ("delete-", snapshot.name.clone()))
         }
-        SnapshotAction::Revert { .. } => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a disk that is served cannot be reverted: stop the server, and use --blk-file",
-            ));
+        SnapshotAction::Revert { which } => {
+            let snapshot = select(&device.snapshots, which)?;
+            let arguments = json!({
+                "device": device.name, "id": snapshot.id, "name": snapshot.name
+            });
+            client.execute("x-qblkd-snapshot-revert", &arguments)?;
+            None
         }
     };
     if let Some((kind, name)) = job {
