@@ -14,7 +14,7 @@
 #   CPUS, MEMORY of the guest (2; 512, in MiB)
 #   FILES        more files to copy into the guest's /
 #   DEVICE       more options of the device, such as ",queue-size=256"
-#   QEMU_OPTIONS more options of QEMU, split at blanks
+#   QEMU_OPTIONS more options of QEMU, split at blanks; before the device
 #   RECONNECT_MS have QEMU connect again, so often, after the server went away (needs QEMU 9.2)
 #   CONSOLE      file that keeps the whole console
 #   SERVER_PID   process to watch
@@ -58,10 +58,10 @@ start timeout -k 5 "$limit" qemu-system-x86_64 \
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on" \
     -kernel "$guest/vmlinuz" -initrd "$scratch/initramfs.cpio" \
     -append "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable" \
-    -serial "file:$console" \
+    -serial "file:$console" ${QEMU_OPTIONS-} \
     -chardev "socket,id=server,path=$socket${RECONNECT_MS:+,reconnect-ms=$RECONNECT_MS}" \
     -device "vhost-user-blk-pci,chardev=server,num-queues=$queues${DEVICE-}" \
-    ${QEMU_OPTIONS-} 2>"$scratch/errors"
+    2>"$scratch/errors"
 qemu_pid=$started_pid
 
 show_console() {

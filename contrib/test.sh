@@ -38,6 +38,8 @@ script_test "cargo doc" "$contrib/check.sh" doc
 script_test "shellcheck" "$contrib/check.sh" shell
 script_test "this script's own counting" "$contrib/tally-test.sh"
 
+script_test "small protocols under loom" "$contrib/check.sh" loom
+
 step "cargo test"
 cargo_tests() { cargo test --locked --no-fail-fast 2>&1 | tee "$scratch/cargo.log"; }
 status=0

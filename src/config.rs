@@ -362,6 +362,12 @@ fn serve(args: ServeArgs) -> Result<Config, ConfigError> {
     if args.print_capabilities {
         return Ok(Config::PrintCapabilities);
     }
+    if args.socket_path.is_some() && args.socket_path == args.control {
+        return Err(ConfigError::Usage(
+            "--socket-path and --control name the same socket; the front-end and the clients of the \
+             control socket need one each",
+        ));
+    }
     Ok(Config::Serve(Box::new(ServeConfig {
         endpoint: endpoint(&args)?,
         disk: disk(&args)?,
@@ -868,6 +874,13 @@ mod tests {
     #[test]
     fn the_definitions_are_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn two_sockets_need_two_paths() {
+        let refused = served("--control s").unwrap_err();
+        assert!(refused.contains("the same socket"), "{refused}");
+        assert!(served("--control t").is_ok());
     }
 
     #[test]

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         Ok(Config::Info(config)) => tools::info(&config).into(),
         Ok(Config::Check(config)) => tools::check(&config).into(),
         Ok(Config::Snapshot(config)) => tools::snapshot(&config).into(),
-        Err(error) => complain(&error),
+        Err(error) => complain(&error, None),
     }
 }
 
@@ -46,18 +46,22 @@ fn serve(config: &ServeConfig) -> ExitCode {
         .init();
     match daemon::run(config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => complain(&error),
+        Err(error) => complain(&error, daemon::advice(&error, config)),
     }
 }
 
-/// Prints an error with all its causes, once.
-fn complain(error: &dyn std::error::Error) -> ExitCode {
+/// Prints an error with all its causes, once, and what to do about it.
+fn complain(error: &dyn std::error::Error, advice: Option<&str>) -> ExitCode {
     let mut line = format!("qblkd: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
         line.push_str(": ");
         line.push_str(&error.to_string());
         cause = error.source();
+    }
+    if let Some(advice) = advice {
+        line.push_str("; ");
+        line.push_str(advice);
     }
     // There is nobody left to tell if stderr is gone.
     let _ = writeln!(std::io::stderr(), "{line}");

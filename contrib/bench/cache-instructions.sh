@@ -59,9 +59,9 @@ for slots; do
     printf '\n'
 done
 
-# The put table holds 64 slices: with fewer slots than that, get+put finds them there and has less
-# to do. So what must not grow with the size is get alone; get+put has an upper bound.
-awk -v least="${least[get]}" -v most="${most[get]}" 'BEGIN {
-    printf "get: %s to %s instructions per lookup\n", least, most
-    exit most - least > 0.5
-}' || die "get does not take the same number of instructions at every size"
+for name in get get+put; do
+    awk -v name="$name" -v least="${least[$name]}" -v most="${most[$name]}" 'BEGIN {
+        printf "%s: %s to %s instructions per lookup\n", name, least, most
+        exit most - least > 0.5
+    }' || die "$name does not take the same number of instructions at every size"
+done

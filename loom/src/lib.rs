@@ -1,7 +1,15 @@
-//! The engine's pins, built with loom's atomics. The tests are in `tests/`.
+//! The engine's small lock-free protocols under loom: every schedule, and every reordering that the
+//! memory model allows, up to a bound on preemptions.
+//!
+//! `pin` is the engine's own file, built with loom's atomics. The tests play the parts around it:
+//! requests that write in place or link, the freeze, and who reuses clusters. Each has a twin in
+//! which one step is left out or moved, and loom must find the damage: a test that cannot fail
+//! proves nothing.
+
+#![cfg(test)]
 
 #[path = "../../src/engine/pin.rs"]
-#[allow(dead_code, unreachable_pub, missing_docs)]
+#[expect(dead_code, unreachable_pub, reason = "the engine uses all of it")]
 mod pin;
 
 /// What `pin` takes from `engine::sync`.
@@ -13,6 +21,10 @@ mod sync {
 /// What `pin` takes from `engine::error`.
 mod error {
     pub(crate) fn lock<T>(mutex: &loom::sync::Mutex<T>) -> loom::sync::MutexGuard<'_, T> {
-        mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        mutex
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
+
+mod protocols;

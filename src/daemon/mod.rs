@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod advice;
 mod chain;
 mod external;
 mod jobs;
@@ -25,6 +26,7 @@ use log::{error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 
+pub use self::advice::advice;
 use self::chain::Chain;
 use self::jobs::Background;
 use self::report::Report;

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Gid;
-use rustix::fs::Mode;
+use rustix::fs::{Gid, Mode, OFlags};
+use rustix::io::Errno;
 use thiserror::Error;
 
 /// Why there is no socket.
@@ -20,6 +21,23 @@ pub enum SocketError {
     /// Something else has that name.
     #[error("there is something that is not a socket; remove it, or choose another path")]
     NotASocket,
+    /// A folder has that name.
+    #[error("that is a directory; give the path of a socket to be made in it")]
+    IsFolder,
+    /// Its folder is not there.
+    #[error("there is no directory '{}'; make it, or choose another path", .folder.display())]
+    NoFolder {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// No socket may have a path of that length.
+    #[error(
+        "its path has {bytes} bytes, and a socket's may have {PATH_BYTES_MAX}; choose a shorter one"
+    )]
+    PathTooLong {
+        /// Length of the path.
+        bytes: usize,
+    },
     /// The group of `--socket-group` does not exist.
     #[error("there is no group '{group}' on this host")]
     NoGroup {
@@ -36,6 +54,9 @@ pub enum SocketError {
     },
 }
 
+/// Longest path of a socket on Linux: 108 bytes with the zero byte at its end.
+const PATH_BYTES_MAX: usize = 107;
+
 fn fault(action: &'static str) -> impl FnOnce(io::Error) -> SocketError {
     move |source| SocketError::Io { action, source }
 }
@@ -51,17 +72,31 @@ impl ListeningSocket {
     /// Makes the socket; a stale file in its place goes away, a live one is refused.
     ///
     /// The socket gets its name only when its group and mode are right: it is made under another
-    /// name beside it and renamed.
+    /// name beside it and renamed. Where that name makes a longer path than a socket's can be, it is
+    /// a short one, reached through a descriptor of the folder.
     pub(super) fn bind(
         path: &Path,
         group: Option<&str>,
         mode: Option<u32>,
     ) -> Result<(UnixListener, Self), SocketError> {
         let group = group.map(group_id).transpose()?;
+        let bytes = path.as_os_str().len();
+        if bytes > PATH_BYTES_MAX {
+            return Err(SocketError::PathTooLong { bytes });
+        }
         refuse_live(path)?;
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let folder = open_folder(folder)?;
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(format!(".{}", std::process::id()));
-        let temporary = path.with_file_name(name);
+        let mut temporary = path.with_file_name(&name);
+        if temporary.as_os_str().len() > PATH_BYTES_MAX {
+            let (folder, id) = (folder.as_raw_fd(), std::process::id());
+            temporary = format!("/proc/self/fd/{folder}/.qblkd.{id}").into();
+        }
         // Left over from a process with our number.
         let _ = fs::remove_file(&temporary);
         let listener = UnixListener::bind(&temporary).map_err(fault("bind"))?;
@@ -108,10 +143,23 @@ fn dress(path: &Path, group: Option<Gid>, mode: Option<u32>) -> Result<(), Socke
     Ok(())
 }
 
+/// A descriptor that only stands for the folder: reading what is in it may not be allowed.
+fn open_folder(folder: &Path) -> Result<OwnedFd, SocketError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match rustix::fs::open(folder, flags, Mode::empty()) {
+        Ok(opened) => Ok(opened),
+        Err(Errno::NOENT | Errno::NOTDIR) => Err(SocketError::NoFolder {
+            folder: folder.to_owned(),
+        }),
+        Err(errno) => Err(fault("reach the directory of")(errno.into())),
+    }
+}
+
 fn refuse_live(path: &Path) -> Result<(), SocketError> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fault("examine")(error)),
+        Ok(found) if found.is_dir() => return Err(SocketError::IsFolder),
         Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket),
         Ok(_) => {}
     }

@@ -21,6 +21,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
@@ -527,13 +528,17 @@ impl VringT<FrameworkMemory> for Vring {
     fn set_err(&self, _file: Option<File>) {}
 }
 
-/// False for a file that is always readable, which a worker would spin on.
+/// False for a file or device, such as /dev/zero, that is always readable: a worker would spin on it.
+/// An eventfd is of no type, a pipe or a socket of its own.
 fn can_be_waited_for(kick: &File) -> bool {
-    let is_event = kick
-        .metadata()
-        .is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir());
+    let is_event = kick.metadata().is_ok_and(|metadata| {
+        let kind = metadata.file_type();
+        let always_readable =
+            kind.is_file() || kind.is_dir() || kind.is_char_device() || kind.is_block_device();
+        !always_readable
+    });
     if !is_event {
-        warn!("a kick descriptor is a file; its ring is polled");
+        warn!("a kick descriptor is a file or a device; its ring is polled");
     }
     is_event
 }
@@ -548,5 +553,21 @@ fn silent_event() -> Option<File> {
             error!("no eventfd for a vring: {error}");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_not_always_readable_is_waited_for() {
+        let event = silent_event().unwrap();
+        let (pipe, _writer) = io::pipe().unwrap();
+        let waited_for = [event, File::from(std::os::fd::OwnedFd::from(pipe))];
+        let polled = ["/dev/zero", "/dev/null", "/", "/proc/self/exe"];
+        assert!(waited_for.iter().all(can_be_waited_for));
+        let polled = polled.map(|path| File::open(path).unwrap());
+        assert!(!polled.iter().any(can_be_waited_for));
     }
 }

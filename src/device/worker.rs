@@ -63,8 +63,15 @@ const REQUEST_LEN_MAX: u64 = 1 << 30;
 const DIRECT_PIECES_MAX: usize = 1024;
 /// How often a ring is looked at whose driver does not kick.
 const KICKLESS_INTERVAL: Duration = Duration::from_micros(200);
-/// First polling window after a wait that was short enough to have been polled.
-const POLL_START: Duration = Duration::from_micros(4);
+/// A sleep may last this much longer than the wait that it is for: a virtual machine's processor that
+/// has halted takes tens of microseconds to wake up (an estimate, on the generous side).
+const WAKE_UP: Duration = Duration::from_micros(50);
+/// Hits that are remembered at most, so that polling ends soon after it stops to pay.
+const POLL_CREDIT_MAX: i32 = 16;
+/// A poll in vain counts as much as so many that were not.
+const POLL_MISS_COST: i32 = 2;
+/// Waits that look short before polling is tried again after it did not pay.
+const POLL_PAUSE: i32 = 8;
 /// Looks at the sources of work between two looks at the clock.
 const POLLS_PER_CLOCK: u32 = 16;
 /// A waiting control thread looks this often whether the worker still lives.
@@ -431,7 +438,11 @@ struct Worker {
     /// Value of the log epoch that `log_on` was found at.
     log_epoch: u64,
     log_on: bool,
-    poll: PollWindow,
+    /// For waits with requests in flight, which the host ends.
+    poll_host: PollWindow,
+    /// For waits that only the driver ends. Apart, because the two differ in length, and at a queue
+    /// depth of one they alternate.
+    poll_driver: PollWindow,
     now: Instant,
 }
 
@@ -463,7 +474,8 @@ impl Worker {
             exiting: false,
             log_epoch: log_epoch(),
             log_on: false,
-            poll: PollWindow::new(parts.poll_max),
+            poll_host: PollWindow::new(parts.poll_max),
+            poll_driver: PollWindow::new(parts.poll_max),
             now,
             parts,
             ring,
@@ -1115,6 +1127,7 @@ impl Worker {
     fn wait(&mut self) {
         let since = Instant::now();
         if self.poll_for_work(since) {
+            self.poll_window().hit();
             self.shared.stats.count_poll_hit();
             return;
         }
@@ -1147,13 +1160,22 @@ impl Worker {
             if let Err(error) = self.ring.submit_and_wait(1, timeout) {
                 error!("io_uring wait: {error}");
             }
-            self.poll.slept(since.elapsed());
+            self.poll_window().slept(since.elapsed());
         }
         self.shared.doorbell.get_up();
     }
 
+    /// The window for the wait that is due; nothing is begun or ended before the wait is over.
+    fn poll_window(&mut self) -> &mut PollWindow {
+        if self.free.len() == self.slots.len() {
+            &mut self.poll_driver
+        } else {
+            &mut self.poll_host
+        }
+    }
+
     fn poll_for_work(&mut self, since: Instant) -> bool {
-        let window = self.poll.window();
+        let window = self.poll_window().window();
         if window.is_zero() {
             return false;
         }
@@ -1171,33 +1193,48 @@ impl Worker {
     }
 }
 
-/// How long to poll before sleeping: longer when waits turn out short, not at all when they are long.
+/// Whether to poll before sleeping: for the whole window while most waits end within it, otherwise
+/// not at all, since a poll that ends too early is for nothing.
 struct PollWindow {
-    window: Duration,
     max: Duration,
+    /// Polls while positive. Negative: so many more waits have to look short.
+    credit: i32,
 }
 
 impl PollWindow {
     fn new(max: Duration) -> Self {
-        Self {
-            window: Duration::ZERO,
-            max,
-        }
+        Self { max, credit: 0 }
+    }
+
+    fn is_open(&self) -> bool {
+        self.credit > 0
     }
 
     fn window(&self) -> Duration {
-        self.window
+        if self.is_open() {
+            self.max
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    /// A wait has ended while polling.
+    fn hit(&mut self) {
+        self.credit = (self.credit + 1).min(POLL_CREDIT_MAX);
     }
 
     /// A wait of this length, polling and sleep together, has ended in sleep.
     fn slept(&mut self, waited: Duration) {
-        self.window = if waited <= self.max {
-            (self.window * 2).clamp(POLL_START.min(self.max), self.max)
-        } else if self.window > POLL_START {
-            self.window / 4
+        if self.is_open() {
+            self.credit -= POLL_MISS_COST;
+            if !self.is_open() {
+                self.credit = -POLL_PAUSE;
+            }
+        } else if waited <= self.max + WAKE_UP {
+            self.credit += 1;
         } else {
-            Duration::ZERO
-        };
+            self.credit = -POLL_PAUSE;
+        }
     }
 }
 
@@ -1249,28 +1286,72 @@ mod tests {
         ));
     }
 
-    #[test]
-    fn the_poll_window_grows_on_short_waits_up_to_its_limit() {
-        let mut poll = PollWindow::new(Duration::from_micros(10));
-        let windows: Vec<_> = (0..4)
-            .map(|_| {
-                poll.slept(Duration::from_micros(9));
-                poll.window().as_micros()
-            })
-            .collect();
-        assert_eq!(windows, [4, 8, 10, 10]);
+    const MAX: Duration = Duration::from_micros(50);
+    const SHORT: Duration = Duration::from_micros(20);
+    const LONG: Duration = Duration::from_millis(10);
+
+    fn open_window() -> PollWindow {
+        let mut poll = PollWindow::new(MAX);
+        poll.slept(SHORT);
+        assert_eq!(poll.window(), MAX);
+        poll
     }
 
     #[test]
-    fn the_poll_window_closes_on_long_waits() {
-        let mut poll = PollWindow::new(Duration::from_micros(50));
-        for _ in 0..5 {
-            poll.slept(Duration::from_micros(20));
+    fn a_wait_that_only_the_wake_up_made_long_opens_the_poll_window() {
+        let mut poll = PollWindow::new(MAX);
+        poll.slept(MAX + WAKE_UP);
+        assert_eq!(poll.window(), MAX);
+    }
+
+    #[test]
+    fn long_waits_never_open_the_poll_window() {
+        let mut poll = PollWindow::new(MAX);
+        for _ in 0..100 {
+            poll.slept(LONG);
+            assert!(poll.window().is_zero());
         }
-        for _ in 0..3 {
-            poll.slept(Duration::from_millis(10));
+    }
+
+    #[test]
+    fn polls_in_vain_close_the_poll_window_for_a_while() {
+        let mut poll = open_window();
+        poll.slept(MAX + SHORT);
+        for _ in 0..POLL_PAUSE {
+            assert!(poll.window().is_zero());
+            poll.slept(SHORT);
         }
         assert!(poll.window().is_zero());
+        poll.slept(SHORT);
+        assert_eq!(poll.window(), MAX);
+    }
+
+    #[test]
+    fn the_poll_window_stays_open_through_a_rare_long_wait() {
+        let mut poll = open_window();
+        for _ in 0..20 {
+            for _ in 0..5 {
+                poll.hit();
+            }
+            poll.slept(LONG);
+            assert_eq!(poll.window(), MAX);
+        }
+    }
+
+    #[test]
+    fn a_driver_that_goes_quiet_costs_a_few_polls() {
+        let mut poll = open_window();
+        for _ in 0..1000 {
+            poll.hit();
+        }
+        let polls = (0..1000)
+            .filter(|_| {
+                let open = !poll.window().is_zero();
+                poll.slept(LONG);
+                open
+            })
+            .count();
+        assert!(polls <= 8, "{polls} polls in vain");
     }
 
     #[test]

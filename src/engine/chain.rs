@@ -194,6 +194,18 @@ impl Backing {
         let name = Path::new(OsStr::from_bytes(&self.name));
         Ok(self.overlay.parent().unwrap_or(Path::new("")).join(name))
     }
+
+    /// What to add when the file is not there, and a reader may look for it elsewhere.
+    fn link_hint(&self, error: &std::io::Error) -> Option<String> {
+        let relative = self.name.first() != Some(&b'/');
+        let missing = error.kind() == std::io::ErrorKind::NotFound;
+        (relative && missing && self.overlay.is_symlink()).then(|| {
+            format!(
+                " (the name is relative to the folder of the link {}, not of what it leads to)",
+                self.overlay.display()
+            )
+        })
+    }
 }
 
 /// The protocol that a name starts with, by QEMU's rule: a colon before the first slash.
@@ -237,7 +249,10 @@ fn next_layer(
             ));
         }
         let (path, format) = (name.path()?, name.format()?);
-        let missing = |error| Error::io(format!("cannot open {}", path.display()), error);
+        let missing = |error| {
+            let hint = name.link_hint(&error).unwrap_or_default();
+            Error::io(format!("cannot open {}{hint}", path.display()), error)
+        };
         // Only looks the name up: nothing happens to a file that the policy then refuses.
         let probe = OpenOptions::new()
             .read(true)
@@ -492,6 +507,22 @@ mod tests {
         let path = dir.path().join("top");
         make(&path, Some((name, LayerFormat::Raw)));
         assert_eq!(chain(&path, &[]).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_name_beside_what_a_link_leads_to_is_explained() {
+        let dir = tempfile::tempdir().unwrap();
+        let (links, images) = (dir.path().join("links"), dir.path().join("images"));
+        fs::create_dir(&links).unwrap();
+        fs::create_dir(&images).unwrap();
+        fs::write(images.join("base"), [1; 4096]).unwrap();
+        make(&images.join("top"), Some((b"base", LayerFormat::Raw)));
+        symlink(images.join("top"), links.join("top")).unwrap();
+        let said = refusal(&links.join("top"));
+        assert!(
+            said.contains("relative to the folder of the link"),
+            "{said}"
+        );
     }
 
     #[test]

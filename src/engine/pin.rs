@@ -258,7 +258,7 @@ impl Drop for PinGuard {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(qblkd_loom)))]
 mod tests {
     use super::*;
 

@@ -11,8 +11,7 @@ use std::sync::atomic::AtomicU64;
 use super::Image;
 use super::allocator::Run;
 use super::cache::SliceKey;
-use super::cache::directory::{CacheCounters, CachedSlice, Directory};
-use super::cache::put_table::Ticket;
+use super::cache::directory::{CacheCounters, CachedSlice, Directory, Ticket};
 use super::cache::slice::SliceBody;
 use super::cache::store::Lookup;
 use super::compress::ClusterCache;
@@ -72,7 +71,7 @@ impl<S: Storage> Worker<S> {
         slots: usize,
         counters: Arc<CacheCounters>,
     ) -> Rc<Self> {
-        let directory = Directory::new(slots, counters);
+        let directory = Directory::new(slots, counters, image.store.directories());
         Rc::new(Self {
             pins: PinTable::new(&image.board),
             directory: RefCell::new(directory),
@@ -231,7 +230,18 @@ impl<S: Storage> Worker<S> {
         place: &EntryPlace,
     ) -> Result<PinnedSlice<'a>, Error> {
         let key = layer.slice_key(table, place);
-        let body = self.slice_by_key(layer, mapping, key).await?;
+        if let Some((found, ticket)) = self
+            .directory
+            .borrow_mut()
+            .get_pinned(key, mapping.slice_bits)
+        {
+            return Ok(PinnedSlice {
+                directory: &self.directory,
+                body: Arc::clone(found.body()),
+                ticket,
+            });
+        }
+        let body = self.missing_slice(layer, mapping, key).await?;
         let ticket = self.directory.borrow_mut().pin(&body);
         Ok(PinnedSlice {
             directory: &self.directory,
@@ -240,15 +250,13 @@ impl<S: Storage> Worker<S> {
         })
     }
 
-    async fn slice_by_key(
+    /// Finds a slice that the directory does not have and gives it to it.
+    async fn missing_slice(
         &self,
         layer: &Layer,
         mapping: &Mapping,
         key: SliceKey,
     ) -> Result<Arc<SliceBody>, Error> {
-        if let Some(found) = self.directory.borrow_mut().get(key, mapping.slice_bits) {
-            return Ok(Arc::clone(found.body()));
-        }
         loop {
             match self.image.store.look_up(key) {
                 Lookup::Live(body) => {
@@ -329,7 +337,7 @@ fn resident<'a>(
     let l1_entry = mapping.l1_entry(place.l1_index);
     let table = l1_entry.table_offset()?;
     let found = directory.get(layer.slice_key(table, place), mapping.slice_bits)?;
-    (!found.body().is_suspicious()).then_some(found)
+    (!found.is_suspicious()).then_some(found)
 }
 
 /// Resolves the first piece of a read in one layer.

@@ -86,6 +86,18 @@ pub enum RingError {
     Io(#[source] io::Error),
 }
 
+impl RingError {
+    /// What it means that the kernel does not set up a ring.
+    fn from_setup(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Self::Disabled(error),
+            Some(libc::ENOSYS) => Self::Missing(error),
+            Some(libc::EINVAL) => Self::TooOld(error),
+            _ => Self::Io(error),
+        }
+    }
+}
+
 /// Every slot (or the submission queue) is in use; try again after a reap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Full;
@@ -219,12 +231,7 @@ impl Ring {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => build(false),
             result => result,
         };
-        let uring = uring.map_err(|error| match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => RingError::Disabled(error),
-            Some(libc::ENOSYS) => RingError::Missing(error),
-            Some(libc::EINVAL) => RingError::TooOld(error),
-            _ => RingError::Io(error),
-        })?;
+        let uring = uring.map_err(RingError::from_setup)?;
         let params = uring.params();
         if !params.is_feature_ext_arg() || !params.is_feature_nodrop() {
             return Err(RingError::TooOld(io::Error::from_raw_os_error(
@@ -1147,6 +1154,21 @@ mod tests {
             iov_base: buf.as_mut_ptr().cast(),
             iov_len: buf.len(),
         }
+    }
+
+    #[test]
+    fn a_refused_ring_is_explained_by_its_errno() {
+        let said = |errno| {
+            let error = io::Error::from_raw_os_error(errno);
+            RingError::from_setup(error).to_string()
+        };
+        for errno in [libc::EPERM, libc::EACCES] {
+            assert!(said(errno).contains("sysctl kernel.io_uring_disabled"));
+        }
+        for errno in [libc::ENOSYS, libc::EINVAL] {
+            assert!(said(errno).contains("needs Linux 5.19 or later"));
+        }
+        assert_eq!(said(libc::ENOMEM), "cannot create an io_uring");
     }
 
     #[test]

@@ -77,14 +77,15 @@ fn run(config: &CheckConfig, bar: &ProgressBar) -> Result<Report, Error> {
     let _lock = lock(&file, kind)?;
     let storage = BlockingStorage::new(vec![file]);
     let mut show = |progress: Progress| {
+        // The length first: a bar without one is full, and each of these may draw it.
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
         bar.set_message(match progress.phase {
             Phase::Refcounts => "reading refcounts",
             Phase::Tables => "reading L2 tables",
             Phase::Compare => "comparing refcounts",
             Phase::Repair => "repairing",
         });
-        bar.set_length(progress.total);
-        bar.set_position(progress.done);
     };
     block_on(check_image(&storage, FileId(0), repair, &mut show))
 }

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Exit, fail, lock, progress_bar};
+use super::{Exit, complain, fail, lock, progress_bar};
 use crate::config::{self, CreateConfig, Format};
 use crate::engine::chain::protocol;
 use crate::engine::create::{Backing, CreateOptions, Preallocation, create as create_image};
@@ -32,6 +32,16 @@ fn run(config: &CreateConfig) -> Result<(), Error> {
         })
     });
     let backing = backing.transpose()?;
+    if let Some(folder) = backing
+        .as_ref()
+        .and_then(|backing| backing.elsewhere(&config.path))
+    {
+        complain(&format!(
+            "qblkd: warning: the backing file is outside the image's own folder: serving the image \
+             will need --backing-dir {}",
+            folder.display()
+        ));
+    }
     let virtual_size = match (config.virtual_size_bytes, &backing) {
         (Some(size), _) => size,
         (None, Some(backing)) => backing.virtual_size,
@@ -109,10 +119,35 @@ fn write(path: &Path, options: &CreateOptions, backing: Option<&BackingFile>) ->
 
 /// What has to be known of a backing file.
 struct BackingFile {
+    /// Where it really is, links followed.
+    real_path: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
     /// Of the disk in it, in whole sectors.
     virtual_size: u64,
+}
+
+impl BackingFile {
+    /// Its folder, if the server will not take it from there for this image unless it is told to:
+    /// the policy of `engine::chain`.
+    fn elsewhere(&self, image: &Path) -> Option<&Path> {
+        // Where the name stands, and where it leads if it is there already.
+        let stands = fs::canonicalize(folder_of(image));
+        let leads = fs::canonicalize(image).map(|real| folder_of(&real).to_owned());
+        let is_inside = [stands, leads]
+            .iter()
+            .flatten()
+            .any(|folder| self.real_path.starts_with(folder));
+        (!is_inside).then(|| folder_of(&self.real_path))
+    }
+}
+
+/// The folder that a path names something in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 /// Opens the backing file as it will be found from the new image.
@@ -148,6 +183,7 @@ fn open_backing(image: &Path, name: &Path, format: Format) -> Result<BackingFile
         HostFileKind::Regular | HostFileKind::BlockDevice
     ));
     Ok(BackingFile {
+        real_path: fs::canonicalize(&path).map_err(cannot_look)?,
         identity,
         virtual_size,
     })

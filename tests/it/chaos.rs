@@ -4,6 +4,7 @@
 //! hold. `QBLKD_CHAOS_SECONDS` sets how long each image is worked on (default 1).
 
 use crate::kit::chaos::{self, Initial};
+use crate::support::command::LIMIT;
 use crate::support::corpus::{self, Copy, Image, Kind, TOOLS};
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
 use crate::support::server::Server;
@@ -13,8 +14,6 @@ use std::path::Path;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Enough for a run that makes the same requests on every machine.
-const LIMIT: Duration = Duration::from_secs(60);
 /// Requests of such a run: several for each cluster that matters, and still quick.
 const REQUESTS: u64 = 1500;
 const DISK_BYTES: u64 = 64 << 20;

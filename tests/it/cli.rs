@@ -6,10 +6,12 @@ use crate::support::command::{Finished, LIMIT, run, run_command};
 use crate::support::driver::{Driver, IN, OK, OUT, WRITE};
 use crate::support::qemu::{self, CHECK_CLEAN};
 use crate::support::server::Server;
-use crate::support::{QBLKD, have_tools};
+use crate::support::{QBLKD, have_tools, skip};
 use serde_json::{Value, json};
 use std::ffi::{OsStr, OsString};
-use std::fs;
+use std::fs::{self, Permissions};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
@@ -210,6 +212,155 @@ fn files_that_cannot_be_images_are_refused() {
     assert!(device.contains("/dev/null"), "{device}");
 }
 
+/// What a server says that cannot make its socket at `socket`.
+fn socket_refusal(socket: &Path, file: &Path) -> String {
+    let mut command = Command::new(QBLKD);
+    command.arg("--socket-path").arg(socket);
+    let refused = run_command(command.args(arguments(file, &[])), LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    refused.stderr
+}
+
+#[test]
+fn a_socket_in_no_directory_is_refused_by_its_name() {
+    let (dir, file) = image();
+    let said = socket_refusal(&dir.path().join("missing/s"), &file);
+    assert!(said.contains("there is no directory '"), "{said}");
+    assert!(said.contains("missing'"), "{said}");
+}
+
+#[test]
+fn a_directory_in_place_of_a_socket_is_refused() {
+    let (dir, file) = image();
+    let said = socket_refusal(dir.path(), &file);
+    assert!(said.contains("is a directory"), "{said}");
+}
+
+/// A path of `bytes` bytes in a new folder.
+fn long_path(bytes: usize) -> (TempDir, PathBuf) {
+    let dir = TempDir::with_prefix("qblkd-").unwrap();
+    let name = "s".repeat(bytes - dir.path().as_os_str().len() - 1);
+    let path = dir.path().join(name);
+    (dir, path)
+}
+
+#[test]
+fn a_socket_may_have_the_longest_path_that_there_is() {
+    let (_image_dir, file) = image();
+    let (dir, socket) = long_path(107);
+    let server = Server::start_at(socket.clone(), arguments(&file, &[])).unwrap();
+    let mut driver = Driver::connect(&socket).unwrap();
+    assert_eq!(driver.request(IN, 0, 512, WRITE).unwrap(), OK);
+    drop(driver);
+    assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_socket_with_a_longer_path_is_refused() {
+    let (_image_dir, file) = image();
+    let (_dir, socket) = long_path(108);
+    let said = socket_refusal(&socket, &file);
+    assert!(said.contains("its path has 108 bytes"), "{said}");
+}
+
+/// What a user may run who is not allowed everything; `None`: there is no way, and the test has said
+/// so.
+fn as_nobody(test: &str, probe: &Path) -> Option<Command> {
+    if fs::OpenOptions::new().write(true).open(probe).is_err() {
+        return Some(Command::new(QBLKD));
+    }
+    // Permissions stop everybody but root.
+    if !have_tools(test, &["setpriv"]) {
+        return None;
+    }
+    let nobody = || {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", QBLKD]);
+        command
+    };
+    let answers = run_command(nobody().arg("--version"), LIMIT);
+    if answers.is_ok_and(|finished| finished.status.success()) {
+        return Some(nobody());
+    }
+    skip(test, "the folder of the program is closed to other users");
+    None
+}
+
+#[test]
+fn a_file_that_may_only_be_read_can_be_served_read_only() {
+    let test = "a_file_that_may_only_be_read_can_be_served_read_only";
+    let dir = TempDir::with_prefix("qblkd-").unwrap();
+    let file = dir.path().join("disk.qcow2");
+    let words = [OsStr::new("create"), file.as_os_str(), OsStr::new("1M")];
+    run(QBLKD, words).unwrap().success().unwrap();
+    fs::set_permissions(&file, Permissions::from_mode(0o444)).unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+    let Some(mut command) = as_nobody(test, &file) else {
+        return;
+    };
+    command.arg("--socket-path").arg(dir.path().join("s"));
+    let refused = run_command(command.args(arguments(&file, &[])), LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    let said = ["Permission denied", "--read-only"].map(|words| refused.stderr.contains(words));
+    assert_eq!(said, [true; 2], "{refused:?}");
+}
+
+#[test]
+fn an_empty_file_is_called_empty() {
+    let dir = TempDir::with_prefix("qblkd-").unwrap();
+    let file = dir.path().join("empty");
+    fs::write(&file, []).unwrap();
+    let said = refusal(arguments(&file, &[]));
+    assert!(said.contains("the file is empty"), "{said}");
+}
+
+#[test]
+fn too_few_descriptors_are_named_with_the_limit_to_raise() {
+    let (dir, file) = image();
+    let mut shell = Command::new("sh");
+    shell.args([
+        "-c",
+        "ulimit -n 10; exec \"$@\"",
+        "sh",
+        QBLKD,
+        "--socket-path",
+    ]);
+    shell.arg(dir.path().join("s")).args(arguments(&file, &[]));
+    let refused = run_command(&mut shell, LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    assert!(refused.stderr.contains("LimitNOFILE"), "{refused:?}");
+}
+
+// --- Tools ---
+
+#[test]
+fn create_warns_of_a_backing_file_that_the_server_will_refuse() {
+    let (base_dir, base) = image();
+    let (dir, _) = image();
+    let overlay = dir.path().join("overlay.qcow2");
+    let create = |backing: &Path| {
+        let mut command = Command::new(QBLKD);
+        command.args(["create", "--backing-format", "qcow2", "--backing-file"]);
+        command.arg(backing).arg(&overlay);
+        run_command(&mut command, LIMIT)
+            .unwrap()
+            .success()
+            .unwrap()
+            .stderr
+    };
+    assert_eq!(create(Path::new("disk.qcow2")), "");
+    let warning = create(&base);
+    let folder = fs::canonicalize(base_dir.path()).unwrap();
+    let option = format!("--backing-dir {}", folder.display());
+    assert!(warning.contains(&option), "{warning}");
+    let said = refusal(arguments(&overlay, &[]));
+    assert!(said.contains(&option), "{said}");
+    let granted = ["--backing-dir", folder.to_str().unwrap()];
+    let server = Server::start(arguments(&overlay, &granted)).unwrap();
+    assert_eq!(server.terminate().unwrap().code().unwrap(), 0);
+}
+
 #[test]
 fn a_descriptor_that_is_no_socket_is_refused() {
     let (_dir, file) = image();
@@ -300,21 +451,18 @@ fn an_image_that_qemu_writes_is_refused() {
         return;
     }
     let (_dir, file) = image();
-    // Waits on its standard input with the image open.
     let mut qemu = Command::new("qemu-io");
     qemu.args(["-f", "qcow2"]).arg(&file).stdin(Stdio::piped());
-    let mut qemu = qemu.stdout(Stdio::null()).spawn().unwrap();
-    let mut opened = Command::new("qemu-img");
-    opened.args(["check", "-q"]).arg(&file);
-    let is_held = (0..500).any(|_| {
-        let checked = run_command(&mut opened, LIMIT).unwrap();
-        checked.code().unwrap() == 1
-    });
-    let said = refusal(arguments(&file, &[]));
+    let mut qemu = qemu.stdout(Stdio::piped()).spawn().unwrap();
+    // It prompts when it has the image open, and then waits on its standard input. Whoever asks for
+    // the lock instead may be what keeps it from opening the image.
+    let mut prompt = [0; 8];
+    let prompted = qemu.stdout.as_mut().unwrap().read_exact(&mut prompt);
+    let said = prompted.map(|()| refusal(arguments(&file, &[])));
     qemu.kill().unwrap();
     qemu.wait().unwrap();
-    assert!(is_held, "qemu-io never opened the image");
-    says_in_use(&said);
+    assert_eq!(&prompt, b"qemu-io>");
+    says_in_use(&said.unwrap());
 }
 
 #[test]

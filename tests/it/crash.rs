@@ -22,10 +22,11 @@ use tempfile::TempDir;
 /// A kill comes at a random moment between these.
 const WORK_MIN: Duration = Duration::from_millis(100);
 const WORK_MAX: Duration = Duration::from_millis(700);
-/// Attempts to kill a server in the middle of the work; each gives it twice the time.
-const ATTEMPTS: u32 = 6;
-/// A run that is not killed has failed; it ends itself.
-const CHAOS_LIMIT: Duration = Duration::from_secs(60);
+/// Attempts to kill a server in the middle of the work; each gives it twice the time, so that a slow
+/// machine gets minutes to begin.
+const ATTEMPTS: u32 = 10;
+/// A run that is not killed has failed; it ends itself. Longer than the last attempt.
+const CHAOS_LIMIT: Duration = Duration::from_secs(600);
 const DISK_BYTES: u64 = 32 << 20;
 /// Rounds on the plain image, and on each image of the corpus.
 const ROUNDS: u32 = 20;
@@ -117,7 +118,7 @@ impl Subject {
 
     fn kill_once(&self, round: u32) -> Result<(), Failure> {
         let mut initial = self.initial.clone();
-        let mut server = Server::start(&self.arguments)?;
+        let mut server = Server::start_after_kill(&self.arguments)?;
         if round > 0 {
             let pinned = self.dir.join("pinned");
             verify::run(&verify::Options {
@@ -149,7 +150,8 @@ impl Subject {
                 return worked;
             }
             after *= 2;
-            server = Server::start(&self.arguments)?;
+            drop(server);
+            server = Server::start_after_kill(&self.arguments)?;
         }
         Err("the client never got to work".into())
     }
@@ -157,7 +159,7 @@ impl Subject {
     /// The last start: everything is there, an orderly end, and QEMU sees the same disk.
     fn finish(&self, rounds: u32) -> Result<(), Failure> {
         let model = self.dir.join("model.raw");
-        let server = Server::start(&self.arguments)?;
+        let server = Server::start_after_kill(&self.arguments)?;
         let verified = verify::run(&verify::Options {
             connect: ConnectOptions::new(&server.socket),
             state: self.state(rounds - 1),

@@ -27,6 +27,8 @@ mod hostile;
 #[cfg(test)]
 mod referee;
 #[cfg(test)]
+mod resources;
+#[cfg(test)]
 mod support;
 #[cfg(test)]
 mod tidy;

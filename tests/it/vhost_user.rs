@@ -9,6 +9,7 @@ use crate::kit::verify;
 use crate::support::command::{LIMIT, run, run_command};
 use crate::support::driver::{self, Driver, IN, IOERR, OK, OUT, WRITE};
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
+use crate::support::qmp::Qmp;
 use crate::support::server::Server;
 use crate::support::{QBLKD, have_tools};
 use std::ffi::{OsStr, OsString};
@@ -17,9 +18,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
@@ -27,12 +26,10 @@ use virtio_driver::VirtioBlkFeatureFlags;
 use vm_memory::{Bytes, GuestAddress};
 
 const DISK_BYTES: u64 = 32 << 20;
-/// Ends a run of chaos that does not end by itself.
-const CHAOS_LIMIT: Duration = Duration::from_secs(60);
 /// Requests of a run: some for each cluster.
 const REQUESTS: u64 = 1500;
-/// How long a server is under load before something happens to it.
-const LOAD: Duration = Duration::from_millis(300);
+/// Writes that a server has done before something happens to it.
+const WRITES: u64 = 100;
 /// Offset of `writeback` in `virtio_blk_config`.
 const CONFIG_WRITEBACK: u32 = 32;
 
@@ -72,7 +69,7 @@ impl Scratch {
 fn options(socket: &Path, queues: usize) -> chaos::Options {
     chaos::Options {
         requests_max: REQUESTS,
-        ..chaos::Options::new(socket, queues, CHAOS_LIMIT)
+        ..chaos::Options::new(socket, queues, LIMIT)
     }
 }
 
@@ -219,7 +216,7 @@ fn survives_a_kill_without_a_flush(scratch: &Scratch, server: Server, mut driver
     assert_eq!(status, OK);
     server.signal("KILL").unwrap();
     drop(server);
-    let server = scratch.serve(&["--read-only"]);
+    let server = Server::start_after_kill(&scratch.arguments(&["--read-only"])).unwrap();
     let mut driver = Driver::connect(&server.socket).unwrap();
     assert_eq!(driver.request(IN, SECTOR, BYTES, WRITE).unwrap(), OK);
     let mut found = vec![0; data.len()];
@@ -390,6 +387,8 @@ fn a_stale_socket_is_replaced_and_removed_at_the_end() {
     };
     let socket = scratch.path("stale.sock");
     drop(UnixListener::bind(&socket).unwrap());
+    // A process that another test starts just now has it until it runs its own program.
+    while UnixStream::connect(&socket).is_ok() {}
     let server = Server::start_at(socket.clone(), scratch.arguments(&[])).unwrap();
     Driver::connect(&socket).unwrap();
     terminate_clean(server, &scratch.file);
@@ -444,24 +443,32 @@ fn the_socket_has_the_mode_and_group_that_were_asked_for() {
 
 // --- Signals ---
 
-/// Random work on two queues while `disturb` happens after [`LOAD`]; the client must notice that the
-/// server has gone. What each sector may hold is then in the file `state`.
-fn under_load(server: &Server, state: &Path, disturb: impl FnOnce()) {
+/// A server with a control socket at `control`, which tells how far the client is.
+fn serve_observed(scratch: &Scratch) -> (Server, PathBuf) {
+    let control = scratch.path("control.sock");
+    let mut arguments = scratch.arguments(&["--control"]);
+    arguments.push(control.clone().into());
+    (Server::start(arguments).unwrap(), control)
+}
+
+/// Random work on two queues while `disturb` happens after [`WRITES`]; the client must notice that
+/// the server has gone. What each sector may hold is then in the file `state`.
+fn under_load(server: &Server, control: &Path, state: &Path, disturb: impl FnOnce()) {
     let options = chaos::Options {
         requests_max: u64::MAX,
         initial: Initial::Zero,
         state_out: Some(state.to_owned()),
         ..options(&server.socket, 2)
     };
-    let (done, finished) = mpsc::channel();
     thread::scope(|scope| {
-        let client = scope.spawn(move || {
-            let report = chaos::run(&options);
-            done.send(()).ok();
-            report
-        });
-        let early = finished.recv_timeout(LOAD);
-        assert_eq!(early, Err(RecvTimeoutError::Timeout), "ended before time");
+        let client = scope.spawn(move || chaos::run(&options));
+        let mut observer = Qmp::connect(control).unwrap();
+        let mut written = 0;
+        while written < WRITES && !client.is_finished() {
+            let stats = observer.execute("query-blockstats").unwrap();
+            written = stats[0]["stats"]["wr_operations"].as_u64().unwrap();
+        }
+        assert!(!client.is_finished(), "ended before time");
         disturb();
         let report = client.join().unwrap().unwrap();
         assert!(report.server_gone && report.writes > 0, "{report:?}");
@@ -491,13 +498,40 @@ fn sigterm_under_load_leaves_a_clean_image() {
     for signal in ["TERM", "INT"] {
         qemu::create(&scratch.file, DISK_BYTES, "cluster_size=64k").unwrap();
         let state = scratch.path(signal);
-        let server = scratch.serve(&[]);
-        under_load(&server, &state, || server.signal(signal).unwrap());
+        let (server, control) = serve_observed(&scratch);
+        under_load(&server, &control, &state, || server.signal(signal).unwrap());
         let ended = server.finish().unwrap();
         assert_eq!(ended.code().unwrap(), 0, "{ended:?}");
         qemu::expect_check(&scratch.file, &[CHECK_CLEAN]).unwrap();
         verify_after(&scratch, state);
     }
+}
+
+/// Whatever a thread of it waits in is interrupted, as when a machine is put to sleep and woken up.
+#[test]
+fn a_server_that_is_stopped_and_continued_serves_on() {
+    let Some(scratch) = Scratch::new("a_server_that_is_stopped_and_continued_serves_on") else {
+        return;
+    };
+    let (server, control) = serve_observed(&scratch);
+    let interrupt = format!(
+        "for round in $(seq 100); do kill -STOP {0}; kill -CONT {0}; sleep 0.005; done",
+        server.id()
+    );
+    let interrupt = || run("sh", ["-c", interrupt.as_str()]).unwrap().success();
+    let mut driver = Driver::connect(&server.socket).unwrap();
+    interrupt().unwrap();
+    assert_eq!(driver.request(OUT, 0, 512, 0).unwrap(), OK);
+    drop(driver);
+    let state = scratch.path("state");
+    under_load(&server, &control, &state, || {
+        interrupt().unwrap();
+        server.signal("TERM").unwrap();
+    });
+    let ended = server.finish().unwrap();
+    assert_eq!(ended.code().unwrap(), 0, "{ended:?}");
+    qemu::expect_check(&scratch.file, &[CHECK_CLEAN]).unwrap();
+    verify_after(&scratch, state);
 }
 
 #[test]
@@ -507,8 +541,8 @@ fn a_second_signal_stops_at_once_and_loses_nothing_flushed() {
         return;
     };
     let state = scratch.path("state");
-    let server = scratch.serve(&[]);
-    under_load(&server, &state, || {
+    let (server, control) = serve_observed(&scratch);
+    under_load(&server, &control, &state, || {
         // Both are there when it looks.
         for signal in ["STOP", "TERM", "INT", "CONT"] {
             server.signal(signal).unwrap();

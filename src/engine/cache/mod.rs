@@ -19,8 +19,7 @@ pub(crate) mod store;
 
 use crate::units::HostOffset;
 
-pub use self::directory::{CacheCounters, CacheStats, CachedSlice, Directory};
-pub use self::put_table::Ticket;
+pub use self::directory::{CacheCounters, CacheStats, CachedSlice, Directories, Directory, Ticket};
 pub use self::slice::SliceBody;
 
 /// Names a slice across the backing chain: layer in the top byte, host offset below it.

@@ -4,8 +4,9 @@
 //! writers of one slice serialise on `state`. A store to an entry is a release, a load an
 //! acquire, so that who sees a mapping also sees everything that had to come before it.
 //!
-//! A directory keeps a reference to the entries beside the one to the body, so that a hit loads its
-//! entry without waiting for the body. All else that a hit looks at is in one cache line.
+//! A directory keeps a reference to the entries beside the one to the body: a hit loads its entry
+//! and does not touch the body. So who changes the marks has to tell the directories
+//! (`Directories::announce`); only the store does.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -22,7 +23,7 @@ pub(crate) struct SliceState {
 }
 
 /// The body has left the store. Set once, under the lock. A writer checks it under the lock; a
-/// reader before it uses an entry.
+/// reader before it uses an entry, by way of its directory.
 const RETIRED: u8 = 1;
 /// Used since the eviction hand last passed.
 const VISITED: u8 = 2;
@@ -33,9 +34,10 @@ const VISITED: u8 = 2;
 pub struct SliceBody {
     key: SliceKey,
     entries: Arc<[AtomicU64]>,
-    /// [`RETIRED`] and [`VISITED`]: a hit looks at both at once.
+    /// [`RETIRED`] and [`VISITED`].
     marks: AtomicU8,
-    /// Suspended requests and write-backs that need the body to stay in the store.
+    /// Flushes and copies of tables that need the body to stay in the store. Requests pin it in
+    /// their worker's directory.
     pins: AtomicU32,
     /// Some entry contradicts the format or points where no data may be: entries of this slice
     /// are judged one by one on the slow path.
@@ -71,6 +73,12 @@ impl SliceBody {
         self.entries.len()
     }
 
+    /// The slice's size, as a power of two of bytes.
+    #[inline]
+    pub(crate) fn slice_bits(&self) -> u32 {
+        size_of_val(&*self.entries).trailing_zeros()
+    }
+
     #[inline]
     pub(crate) fn is_suspicious(&self) -> bool {
         self.suspicious
@@ -83,7 +91,6 @@ impl SliceBody {
 
     /// Says whether the body is live, and marks it as used if so. Writes only when the mark is not
     /// there.
-    #[inline]
     pub(crate) fn visit_live(&self) -> bool {
         let marks = self.marks.load(Ordering::Acquire);
         if marks == VISITED {
@@ -125,12 +132,13 @@ impl SliceBody {
         lock(&self.state)
     }
 
-    /// Retires the body if nobody needs it to stay. `false`: it stays.
-    pub(crate) fn try_retire(&self) -> bool {
+    /// Retires the body if nobody needs it to stay. `false`: it stays. `is_pinned` says whether a
+    /// request does.
+    pub(super) fn try_retire(&self, is_pinned: impl FnOnce(&Self) -> bool) -> bool {
         let Ok(state) = self.state.try_lock() else {
             return false;
         };
-        if state.modified || self.pins.load(Ordering::Acquire) > 0 {
+        if state.modified || self.pins.load(Ordering::Acquire) > 0 || is_pinned(self) {
             return false;
         }
         self.marks.fetch_or(RETIRED, Ordering::Release);
@@ -138,7 +146,7 @@ impl SliceBody {
     }
 
     /// Retires the body because its table is gone.
-    pub(crate) fn retire(&self) {
+    pub(super) fn retire(&self) {
         let _state = self.lock();
         self.marks.fetch_or(RETIRED, Ordering::Release);
     }
@@ -146,6 +154,11 @@ impl SliceBody {
     /// Marks the body as used.
     pub(crate) fn visit(&self) {
         self.marks.fetch_or(VISITED, Ordering::Relaxed);
+    }
+
+    /// Used since the mark was last taken away?
+    pub(super) fn is_visited(&self) -> bool {
+        self.marks.load(Ordering::Relaxed) & VISITED != 0
     }
 
     /// Takes the mark away and says whether it was there.

@@ -2,6 +2,7 @@
 //!
 //! It is locked only when a directory misses. Loads of one slice by two threads become one read:
 //! the second waits for the first. `modified` lists the bodies that a flush must write.
+//! Only the store takes marks of a body away or retires it, and tells the directories.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use event_listener::{Event, EventListener};
 
 use super::SliceKey;
+use super::directory::Directories;
 use super::sieve::{Sieve, Verdict};
 use super::slice::{SliceBody, SliceState};
 use crate::engine::error::lock;
@@ -23,6 +25,8 @@ enum Place {
 #[derive(Debug)]
 pub(crate) struct Store {
     places: Mutex<Sieve<Place>>,
+    /// Those that hold bodies from here.
+    directories: Directories,
     /// Most bodies that the budget allows.
     bodies_max: usize,
     modified: Mutex<Vec<Arc<SliceBody>>>,
@@ -51,10 +55,21 @@ impl Store {
     pub(crate) fn new(bodies_max: usize) -> Arc<Self> {
         Arc::new(Self {
             places: Mutex::new(Sieve::default()),
+            directories: Directories::default(),
             bodies_max: bodies_max.max(16),
             modified: Mutex::new(Vec::new()),
             modified_count: AtomicUsize::new(0),
         })
+    }
+
+    /// Where each directory over this store is known.
+    pub(crate) fn directories(&self) -> &Directories {
+        &self.directories
+    }
+
+    fn retire_body(&self, body: &SliceBody) {
+        body.retire();
+        self.directories.announce(body);
     }
 
     /// Finds a body, or says who brings it.
@@ -86,7 +101,7 @@ impl Store {
         let key = body.key().get();
         // Left over only if the image names one cluster as data and as a table.
         if let Some(Place::Live(old)) = places.remove(key) {
-            old.retire();
+            self.retire_body(&old);
         }
         self.make_room(&mut places);
         places.insert(key, Place::Live(body));
@@ -100,11 +115,13 @@ impl Store {
         let _evicted = places.evict(|place| match place {
             Place::Loading(_) => Verdict::Keep,
             Place::Live(body) => {
-                if body.unvisit() || !body.try_retire() {
-                    Verdict::Keep
-                } else {
-                    Verdict::Evict
+                let was_visited = body.unvisit();
+                let goes = !was_visited && body.try_retire(|body| self.directories.is_pinned(body));
+                // Also when it goes: a hit may have come between the two.
+                if was_visited || goes {
+                    self.directories.announce(body);
                 }
+                if goes { Verdict::Evict } else { Verdict::Keep }
             }
         });
     }
@@ -113,19 +130,20 @@ impl Store {
     pub(crate) fn retire(&self, key: SliceKey) {
         let mut places = lock(&self.places);
         if let Some(Place::Live(body)) = places.get(key.get()) {
-            body.retire();
+            self.retire_body(body);
             places.remove(key.get());
         }
     }
 
-    /// Lets go of a slice that its loader needed only once, unless somebody else has used it since
-    /// (its loader has cleared the mark of use).
+    /// Lets go of a slice that came with [`LoadTicket::finish_unused`], unless somebody has used it
+    /// since.
     pub(crate) fn forget_unused(&self, key: SliceKey) {
         let mut places = lock(&self.places);
         if let Some(Place::Live(body)) = places.get(key.get())
-            && !body.unvisit()
-            && body.try_retire()
+            && !body.is_visited()
+            && body.try_retire(|body| self.directories.is_pinned(body))
         {
+            self.directories.announce(body);
             places.remove(key.get());
         }
     }
@@ -154,6 +172,12 @@ impl Store {
 }
 
 impl LoadTicket {
+    /// As [`Self::finish`], for a body that its loader needs only once and keeps in no directory.
+    pub(crate) fn finish_unused(self, body: Arc<SliceBody>) {
+        body.unvisit();
+        self.finish(body);
+    }
+
     /// Publishes the loaded body and wakes who waited for it.
     pub(crate) fn finish(mut self, body: Arc<SliceBody>) {
         debug_assert_eq!(body.key(), self.key);

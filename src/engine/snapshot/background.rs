@@ -109,7 +109,8 @@ impl Snapshots {
 
     fn finish(&self, number: u64) -> Option<BackgroundStatus> {
         let mut queue = lock(&self.queue);
-        let mut work = queue.items.pop_front_if(|work| work.number == number)?;
+        queue.items.front().filter(|work| work.number == number)?;
+        let mut work = queue.items.pop_front()?;
         work.done = work.total;
         Some(work.status())
     }

@@ -25,7 +25,7 @@ use crate::storage::{AlignedBuf, Storage};
 use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of tables that are looked at together (at least one table).
-const BYTES_AT_ONCE: u64 = 2 << 20;
+const BYTES_AT_ONCE: u64 = 1 << 20;
 /// Bytes of modified slices after which a flush writes them.
 const MODIFIED_MAX: u64 = 4 << 20;
 
@@ -287,9 +287,8 @@ impl<S: Storage> Worker<S> {
                 let start = to_usize(number * slice_bytes);
                 let bytes = &buf[start..start + to_usize(slice_bytes)];
                 let body = Self::new_body(mapping, key(number), bytes);
-                body.unvisit();
                 reown.loaded.push(key(number));
-                ticket.finish(body);
+                ticket.finish_unused(body);
             }
         }
         while bodies.0.len() < to_usize(count) {
@@ -302,7 +301,7 @@ impl<S: Storage> Worker<S> {
                     let body = self.load_slice(layer, mapping, key).await?;
                     bodies.push(Arc::clone(&body));
                     reown.loaded.push(key);
-                    ticket.finish(body);
+                    ticket.finish_unused(body);
                 }
             }
         }

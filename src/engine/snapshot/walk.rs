@@ -23,7 +23,7 @@ use crate::storage::{AlignedBuf, Storage};
 use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of L2 tables that are read together (at least one table).
-const READ_BYTES: u64 = 2 << 20;
+const READ_BYTES: u64 = 1 << 20;
 /// Reads in flight at a time.
 const READS_IN_FLIGHT: usize = 8;
 /// Runs that are gathered before they are counted: 8 MiB of memory. The more, the less often a

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use crate::engine::{Image, LayerFormat, LayerSpec, OpenOptions};
+use crate::engine::{
+    Image, LayerFormat, LayerSpec, NewSnapshot, OpenOptions, Selector, Step, Worker,
+};
 use crate::storage::{AlignedBuf, BlockingStorage, FileId, HostFile, OpenMode, SgList, block_on};
 use crate::units::{GuestOffset, to_usize};
 
@@ -19,9 +21,6 @@ fn qemu_img(arguments: &[&str]) -> String {
     text
 }
 
-fn storage_at(path: &Path) -> BlockingStorage {
-    storage(path)
-}
 fn storage(path: &Path) -> BlockingStorage {
     let file = HostFile::open(
         path,
@@ -152,6 +151,97 @@ fn qemu_agrees_after_random_work_on_every_kind() {
             let raw_name = raw.to_str().expect("text");
             qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw_name, name]);
         }
+    }
+}
+
+/// Does something with the image and then all the background work.
+fn commands(path: &Path, work: impl AsyncFnOnce(&Worker<BlockingStorage>)) {
+    let storage = storage(path);
+    let specs = [LayerSpec {
+        file: FileId(0),
+        format: LayerFormat::Qcow2,
+    }];
+    let opened = block_on(Image::open(&storage, &specs, &OpenOptions::default()));
+    let worker = opened.expect("image opens").worker(storage);
+    block_on(async {
+        work(&worker).await;
+        while worker.background_step().await.expect("a step") != Step::Idle {}
+        worker.close().await.expect("image closes");
+    });
+}
+
+fn compare_snapshot(path: &Path, snapshot: &str, content: &[u8]) {
+    let directory = tempfile::tempdir().expect("directory");
+    let raw = directory.path().join("snapshot.raw");
+    let (name, raw_name) = (path.to_str().expect("text"), raw.to_str().expect("text"));
+    qemu_img(&["convert", "-l", snapshot, "-O", "raw", name, raw_name]);
+    assert!(
+        std::fs::read(&raw).expect("raw") == content,
+        "snapshot {snapshot} has changed"
+    );
+}
+
+/// Snapshots of ours are right for QEMU, its own are right for us, and each deletes the other's.
+#[test]
+fn qemu_and_we_delete_each_others_snapshots() {
+    let kinds = [
+        "cluster_size=65536",
+        "cluster_size=512,refcount_bits=8",
+        "compat=0.10",
+        "cluster_size=2097152",
+        "cluster_size=4096,refcount_bits=64,preallocation=metadata",
+    ];
+    for (number, kind) in (0..).zip(kinds) {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("t.qcow2");
+        let name = path.to_str().expect("text");
+        let size = 8 * 1024 * 1024 + 512_usize;
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            kind,
+            name,
+            &size.to_string(),
+        ]);
+        let mut model = vec![0; size];
+        random_work(&path, number, &mut model);
+        commands(&path, async |worker| {
+            let new = NewSnapshot {
+                name: "ours".to_owned(),
+                date_sec: 1,
+                date_nsec: 2,
+                vm_clock_nsec: 3,
+            };
+            worker.create_snapshots(&[new]).await.expect("a snapshot");
+        });
+        let ours = model.clone();
+        random_work(&path, 100 + number, &mut model);
+        qemu_img(&["check", "-f", "qcow2", name]);
+        qemu_img(&["snapshot", "-c", "theirs", name]);
+        let theirs = model.clone();
+        random_work(&path, 200 + number, &mut model);
+        qemu_img(&["check", "-f", "qcow2", name]);
+        compare_snapshot(&path, "ours", &ours);
+        compare_snapshot(&path, "theirs", &theirs);
+        commands(&path, async |worker| {
+            let theirs = Selector {
+                id: None,
+                name: Some("theirs".to_owned()),
+            };
+            worker.delete_snapshot(&theirs).await.expect("a delete");
+        });
+        qemu_img(&["check", "-f", "qcow2", name]);
+        compare_snapshot(&path, "ours", &ours);
+        random_work(&path, 300 + number, &mut model);
+        qemu_img(&["snapshot", "-d", "ours", name]);
+        qemu_img(&["check", "-f", "qcow2", name]);
+        let raw = directory.path().join("model.raw");
+        std::fs::write(&raw, &model).expect("raw");
+        let raw_name = raw.to_str().expect("text");
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw_name, name]);
     }
 }
 

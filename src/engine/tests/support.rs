@@ -68,7 +68,7 @@ pub(super) struct Rig {
     /// Errors of requests are part of the test.
     pub(super) tolerant: bool,
     /// What the snapshot holds, for ever.
-    snapshot: Option<Rc<Vec<u8>>>,
+    pub(super) snapshot: Option<Rc<Vec<u8>>>,
     /// Snapshots that clients have taken, by name.
     pub(super) snapshots: Rc<RefCell<BTreeMap<String, Frozen>>>,
     /// Names of snapshots that are gone.

@@ -11,8 +11,9 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Long enough for every tool on a loaded machine.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+/// Long enough for every tool on a slow machine that is busy with other work. No test claims to be
+/// fast by it: it only ends what would hang.
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// What a process left behind.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 
 use super::Failure;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -25,6 +26,7 @@ pub(crate) const INDIRECT: u16 = 4;
 /// virtio-blk request types.
 pub(crate) const IN: u32 = 0;
 pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH_REQUEST: u32 = 4;
 /// virtio-blk status bytes.
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
@@ -44,8 +46,8 @@ pub(crate) const USED: u64 = 0x3000;
 pub(crate) const HEADER: u64 = 0x4000;
 pub(crate) const STATUS: u64 = 0x5000;
 pub(crate) const DATA: u64 = 0x1_0000;
-/// Far longer than any request takes.
-const PATIENCE_MS: i32 = 20_000;
+/// Far longer than any request takes, also on a busy machine.
+const PATIENCE_MS: i32 = 300_000;
 
 /// One connection with one running ring.
 pub(crate) struct Driver {
@@ -247,8 +249,11 @@ impl Driver {
             let epoll = Epoll::new()?;
             let entry = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, self.call.as_raw_fd(), entry)?;
-            if epoll.wait(PATIENCE_MS, &mut [EpollEvent::default()])? == 0 {
-                return Err("no call in time".into());
+            match epoll.wait(PATIENCE_MS, &mut [EpollEvent::default()]) {
+                Ok(0) => return Err("no call in time".into()),
+                // A machine that is put to sleep and woken up, say.
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error.into()),
+                _ => {}
             }
             // It may have been read before: then this is no news.
             self.call.read().ok();

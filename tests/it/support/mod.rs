@@ -44,12 +44,13 @@ pub(crate) fn have_tools(test: &str, tools: &[&str]) -> bool {
         !required,
         "{test} needs {missing:?}, and QBLKD_TEST_REQUIRE is set"
     );
-    writeln!(
-        std::io::stderr(),
-        "SKIPPED {test}: {missing:?} not installed"
-    )
-    .ok();
+    skip(test, &format!("{missing:?} not installed"));
     false
+}
+
+/// Says on the real stderr that a test is skipped, and why.
+pub(crate) fn skip(test: &str, why: &str) {
+    writeln!(std::io::stderr(), "SKIPPED {test}: {why}").ok();
 }
 
 /// Runs `check` on each case, on all cores, and reports every case that fails, by its name.

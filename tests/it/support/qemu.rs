@@ -9,14 +9,11 @@ use super::corpus::{self, Image};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Exit codes of `qemu-img check`, and so of `qblkd check`.
 pub(crate) const CHECK_CLEAN: i32 = 0;
 pub(crate) const CHECK_LEAKS: i32 = 3;
-
-/// How long the lock of a killed server may outlive it: as long as an opening qblkd waits.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The exit code of `qemu-img check`.
 pub(crate) fn check(file: &Path) -> Result<i32, Failure> {
@@ -45,7 +42,7 @@ pub(crate) fn wait_for_lock(file: &Path) -> Result<(), Failure> {
         if finished.status.success() {
             return Ok(());
         }
-        if !finished.stderr.contains("lock") || started.elapsed() > LOCK_PATIENCE {
+        if !finished.stderr.contains("lock") || started.elapsed() > LIMIT {
             return Err(format!("qemu-img info: {finished:?}").into());
         }
     }

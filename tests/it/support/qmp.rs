@@ -1,14 +1,11 @@
 //! A client of the control socket that sends what it is told, also what it should not.
 
 use super::Failure;
+use super::command::LIMIT;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
-
-/// Longer than any answer takes.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One connection.
 pub(crate) struct Qmp {
@@ -22,8 +19,8 @@ impl Qmp {
     /// Connects, reads the greeting, and negotiates.
     pub(crate) fn connect(socket: &Path) -> Result<Self, Failure> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_write_timeout(Some(LIMIT))?;
         let lines = BufReader::new(stream.try_clone()?);
         let mut client = Self {
             stream,

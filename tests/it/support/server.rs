@@ -1,6 +1,6 @@
 //! A running qblkd: started, waited for, stopped, and never left behind.
 
-use super::command::{self, Finished};
+use super::command::{self, Finished, LIMIT};
 use super::{Failure, QBLKD};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -11,12 +11,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long a server may take to be ready; a corpus image takes milliseconds.
-const READY_LIMIT: Duration = Duration::from_secs(20);
-/// How long a server may take to end.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How often the end of the process is looked for while readiness is awaited.
 const TICK: Duration = Duration::from_millis(10);
+
+/// What the refusal of a locked image says.
+const IN_USE: &str = "in use";
 
 /// A qblkd process. Dropping it kills it.
 pub(crate) struct Server {
@@ -40,6 +39,21 @@ impl Server {
         Self::launch(listen_at(&socket, arguments), socket, dir)
     }
 
+    /// Starts a server on the image of one that was killed. qblkd itself waits for 2 s until the
+    /// kernel has given back the lock of a killed process, which it does when the last host
+    /// operations of that process are done: on a busy disk this may take longer, so that a refusal
+    /// for the lock is no failure yet.
+    pub(crate) fn start_after_kill<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Self, Failure> {
+        let started = Instant::now();
+        loop {
+            match Self::start(arguments) {
+                Err(failure)
+                    if failure.to_string().contains(IN_USE) && started.elapsed() < LIMIT => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Starts a server that listens at a path of the caller's choice.
     pub(crate) fn start_at<S: AsRef<OsStr>>(
         socket: PathBuf,
@@ -47,6 +61,12 @@ impl Server {
     ) -> Result<Self, Failure> {
         let dir = TempDir::with_prefix("qblkd-")?;
         Self::launch(listen_at(&socket, arguments), socket, dir)
+    }
+
+    /// Starts a server by a command of the caller's, which ends in qblkd, in the same process, with
+    /// `--socket-path` and this socket.
+    pub(crate) fn start_command(command: Command, socket: PathBuf) -> Result<Self, Failure> {
+        Self::launch(command, socket, TempDir::with_prefix("qblkd-")?)
     }
 
     /// Starts a server that gets its socket, listening or connected, as standard input; `socket` is
@@ -86,7 +106,7 @@ impl Server {
     }
 
     fn wait_until_ready(&mut self, notify: &UnixDatagram) -> Result<(), Failure> {
-        while self.started.elapsed() < READY_LIMIT {
+        while self.started.elapsed() < LIMIT {
             let mut message = [0; 4096];
             // An error is the time-out of the socket.
             if let Ok(length) = notify.recv(&mut message)
@@ -97,7 +117,7 @@ impl Server {
                 return Ok(());
             }
             if let Some(status) = self.child.try_wait()? {
-                let stderr = self.stderr.recv_timeout(STOP_LIMIT)?;
+                let stderr = self.stderr.recv_timeout(LIMIT)?;
                 return Err(format!("ended at once with {status}: {stderr}").into());
             }
         }
@@ -130,12 +150,12 @@ impl Server {
 
     /// Waits for the process to close its output, and then for its end.
     pub(crate) fn finish(mut self) -> Result<Finished, Failure> {
-        let stderr = match self.stderr.recv_timeout(STOP_LIMIT) {
+        let stderr = match self.stderr.recv_timeout(LIMIT) {
             Ok(stderr) => stderr,
             Err(RecvTimeoutError::Timeout) => return Err("did not end in time".into()),
             Err(error) => return Err(error.into()),
         };
-        let stdout = self.stdout.recv_timeout(STOP_LIMIT)?;
+        let stdout = self.stdout.recv_timeout(LIMIT)?;
         let status = self.child.wait()?;
         Ok(Finished {
             status,
