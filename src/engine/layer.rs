@@ -70,11 +70,13 @@ pub(crate) struct LostData {
 
 impl LostData {
     /// Nothing is lost.
-    pub(crate) const NONE: Self = Self {
-        start: u64::MAX,
-        end: AtomicU64::new(0),
-        old_tables_end: AtomicU64::new(0),
-    };
+    pub(crate) fn none() -> Self {
+        Self {
+            start: u64::MAX,
+            end: AtomicU64::new(0),
+            old_tables_end: AtomicU64::new(0),
+        }
+    }
 
     /// Entries that point to this range name lost data. `unknown`: older tables may have more.
     pub(crate) fn new(range: Range<u64>, unknown: bool) -> Self {

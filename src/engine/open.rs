@@ -613,7 +613,7 @@ fn mapping(mut parsed: Parsed, options: &OpenOptions) -> (Mapping, WriteParts) {
     let start = geometry.clusters_for(parsed.file_len);
     let lost = start..geometry.clusters_for(parsed.managed_end);
     let lost = if lost.is_empty() {
-        LostData::NONE
+        LostData::none()
     } else {
         parsed.protected.add(lost.clone());
         let bytes = |cluster: u64| cluster << geometry.cluster_bits();

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use event_listener::EventListener;
 
 use super::delete::Given;
-use super::flags::{Flags, Look, Looked};
+use super::flags::{Adopt, Flags, Look, Looked};
 use super::reown::Reown;
 use super::walk::Walk;
 use super::{BackgroundStatus, Snapshots, Task, Work};
@@ -72,6 +72,8 @@ enum Phase {
     Walk(Walk),
     /// Taking away what unsettled snapshots had kept.
     GiveBack(Given),
+    /// Owning what is in order.
+    Adopt(Adopt),
     /// Finding out what is ours alone.
     Reown(Reown),
     End,
@@ -181,7 +183,17 @@ impl<S: Storage> Worker<S> {
             },
             Phase::Flags(flags) => match self.clear_shared_flags(target, flags).await? {
                 Some(done) => bytes = done,
-                None => background.phase = Phase::Reown(Reown::default()),
+                None => background.phase = Phase::Adopt(Adopt::default()),
+            },
+            Phase::Adopt(adopt) => match self.adopt_on(target, adopt).await? {
+                Some(done) => {
+                    bytes = done;
+                    snapshots.advance(work.number, done);
+                }
+                None => {
+                    let left = std::mem::take(adopt).into_left();
+                    background.phase = Phase::Reown(Reown::of(target.mapping.l1.len(), left));
+                }
             },
             Phase::Walk(walk) => {
                 let change = match work.task {

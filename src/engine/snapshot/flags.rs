@@ -2,8 +2,12 @@
 //!
 //! An image that was not closed in order may have them in tables that it shares with snapshots, and
 //! in L1 entries that name such tables. In memory nobody heeds them: no table of that time is owned.
-//! In the file they must be gone before the dirty bit is. Tables that are not shared are decided entry
-//! by entry when they become ours again (see `reown`).
+//! In the file they must be gone before the dirty bit is.
+//!
+//! Tables that are not shared become ours again. Most of them have every flag as it must be: those are
+//! *adopted* as they are, without a look at a cached slice (nobody modifies a table that is not owned,
+//! so that slices equal the file) and without a write. The others, and those that the guest has made
+//! meanwhile, are decided entry by entry (see `reown`).
 //!
 //! A v2 image has no dirty bit, and its flags are heeded: a flag that is wrong there is set where a
 //! count is too high, which is harmless, or is missing. So after every open for writing its tables are
@@ -52,6 +56,22 @@ pub(super) struct Flags {
     next: usize,
     /// Shared tables among those before, in descending order of their place: host offset, L1 index.
     shared: Vec<(u64, usize)>,
+}
+
+/// How far tables are adopted.
+#[derive(Debug, Default)]
+pub(super) struct Adopt {
+    /// The next L1 index.
+    next: usize,
+    /// Those that must be looked at entry by entry.
+    left: Vec<usize>,
+}
+
+impl Adopt {
+    /// The L1 indices that were not adopted.
+    pub(super) fn into_left(self) -> Vec<usize> {
+        self.left
+    }
 }
 
 impl<S: Storage> Worker<S> {
@@ -204,6 +224,106 @@ impl<S: Storage> Worker<S> {
         Ok(Some(moved))
     }
 
+    /// Adopts some tables. Returns the bytes that it read, `None` when there are no more.
+    pub(super) async fn adopt_on(
+        &self,
+        target: Target<'_>,
+        adopt: &mut Adopt,
+    ) -> Result<Option<u64>, Error> {
+        let Target {
+            mapping, active, ..
+        } = target;
+        let cluster_size = mapping.geometry.cluster_size();
+        let most = to_usize((BYTES_AT_ONCE / cluster_size).max(1));
+        let mut found: Vec<(u64, usize, L1Entry)> = Vec::new();
+        if adopt.next >= mapping.l1.len() {
+            return Ok(None);
+        }
+        let mut next = adopt.next;
+        let mut left = Vec::new();
+        while next < mapping.l1.len() && found.len() < most {
+            let entry = mapping.l1_entry(next);
+            if entry.table_offset().is_some() {
+                if active.is_owned(next, self.generation()) {
+                    left.push(next);
+                } else {
+                    found.push((mapping.table(next, entry)?.get(), next, entry));
+                }
+            }
+            next += 1;
+        }
+        found.sort_unstable_by_key(|(table, ..)| *table);
+        let clusters: Vec<u64> = found
+            .iter()
+            .map(|(table, ..)| table >> mapping.geometry.cluster_bits())
+            .collect();
+        let alone = active
+            .allocator
+            .have_one_reference(&self.storage, &clusters)
+            .await?;
+        let alone = found.into_iter().zip(alone).filter(|(_, alone)| *alone);
+        let tables: Vec<_> = alone.map(|(table, _)| table).collect();
+        let mut named: Vec<(u64, bool, usize)> = Vec::new();
+        let mut exact = vec![true; tables.len()];
+        for (number, (start, ..)) in tables.iter().enumerate() {
+            let buf = AlignedBuf::zeroed(to_usize(cluster_size));
+            let (read, bytes) = self.storage.read_buf(target.layer.file, *start, buf).await;
+            read.map_err(|error| {
+                Error::io(format!("cannot read the L2 table at {start:#x}"), error)
+            })?;
+            let table = HostOffset::new(*start);
+            if mapping.is_suspicious(table, words(&bytes)) {
+                exact[number] = false;
+                continue;
+            }
+            let clusters = named_clusters(mapping, table, &bytes).into_iter();
+            named.extend(clusters.map(|(cluster, copied)| (cluster, copied, number)));
+        }
+        named.sort_unstable();
+        let clusters: Vec<u64> = named.iter().map(|(cluster, ..)| *cluster).collect();
+        let allocator = &active.allocator;
+        let alone = allocator
+            .have_one_reference(&self.storage, &clusters)
+            .await?;
+        for ((_, copied, number), alone) in named.into_iter().zip(alone) {
+            exact[number] &= copied == alone;
+        }
+        let read = to_u64(tables.len()) * cluster_size;
+        for ((_, l1_index, entry), exact) in tables.into_iter().zip(exact) {
+            if !exact || !self.own(target, l1_index, entry) {
+                left.push(l1_index);
+            }
+        }
+        adopt.left.append(&mut left);
+        adopt.next = next;
+        Ok(Some(read))
+    }
+
+    /// A table whose flags are right is ours, unless something has happened to it.
+    fn own(&self, target: Target<'_>, l1_index: usize, entry: L1Entry) -> bool {
+        let Target {
+            mapping, active, ..
+        } = target;
+        let mut l1 = lock(&active.l1);
+        let generation = self.generation();
+        if !lock(&active.drops).all_settled()
+            || mapping.l1_entry(l1_index) != entry
+            || active.is_owned(l1_index, generation)
+        {
+            return false;
+        }
+        if !entry.copied()
+            && let Some(slot) = mapping.l1.get(l1_index)
+        {
+            slot.store(entry.with_copied(true).0, Ordering::Release);
+            l1.modified.push(l1_index);
+        }
+        if let Some(since) = active.owned_since.get(l1_index) {
+            since.store(generation, Ordering::Release);
+        }
+        true
+    }
+
     /// The tables that more than the active tree refers to.
     async fn shared_tables(
         &self,
@@ -241,16 +361,27 @@ impl<S: Storage> Worker<S> {
 
 /// The clusters that a table names and that may have the copied flag, each with its flag.
 fn named_clusters(mapping: &Mapping, table: HostOffset, bytes: &[u8]) -> Vec<(u64, bool)> {
-    let entries = bytes.chunks_exact(8);
-    entries
-        .filter_map(|chunk| {
-            let entry = L2Entry(chunk.try_into().map_or(0, u64::from_be_bytes));
-            match mapping.cluster(table, GuestOffset::new(0), entry) {
-                Ok(
-                    Cluster::Standard { host, copied } | Cluster::ZeroAllocated { host, copied },
-                ) => Some((mapping.geometry.host_cluster(host).get(), copied)),
-                _ => None,
-            }
-        })
-        .collect()
+    let suspicious = mapping.is_suspicious(table, words(bytes));
+    let mut named = Vec::with_capacity(bytes.len() / 8);
+    for raw in words(bytes).filter(|raw| *raw != 0) {
+        let entry = L2Entry(raw);
+        let cluster = if suspicious {
+            // What is damaged or lost has no flag to speak of.
+            mapping.cluster(table, GuestOffset::new(0), entry).ok()
+        } else {
+            entry.decode(mapping.geometry, mapping.version).ok()
+        };
+        if let Some(Cluster::Standard { host, copied } | Cluster::ZeroAllocated { host, copied }) =
+            cluster
+        {
+            named.push((mapping.geometry.host_cluster(host).get(), copied));
+        }
+    }
+    named
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes
+        .chunks_exact(8)
+        .map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
 }

@@ -42,6 +42,17 @@ pub(super) struct Reown {
     loaded: Vec<SliceKey>,
 }
 
+impl Reown {
+    /// Looks at these L1 indices only, of so many.
+    pub(super) fn of(l1_len: usize, indices: Vec<usize>) -> Self {
+        Self {
+            next: l1_len,
+            again: indices,
+            ..Self::default()
+        }
+    }
+}
+
 /// What a step did.
 pub(super) struct Done {
     pub(super) tables: u64,

@@ -694,7 +694,7 @@ fn copied_flags_of_version_2_are_mended_after_a_cut() {
 fn a_device_is_repaired_before_it_is_served() {
     let recipe = Recipe {
         fill: |cluster| {
-            if cluster % 2 == 0 {
+            if cluster.is_multiple_of(2) {
                 Fill::Data
             } else {
                 Fill::None

@@ -50,7 +50,7 @@ fn recipes() -> Vec<Recipe> {
         _ => Fill::None,
     };
     let data = |cluster: u64| {
-        if cluster % 3 == 0 {
+        if cluster.is_multiple_of(3) {
             Fill::None
         } else {
             Fill::Data
