@@ -105,6 +105,8 @@ pub(super) struct Background {
     settler: Option<Settler>,
     news: mpsc::Receiver<News>,
     wake: UnixStream,
+    /// The other end of `wake`.
+    _bell: Arc<UnixStream>,
     table: JobTable,
     finishing: bool,
     ended: bool,
@@ -126,6 +128,9 @@ impl Background {
             end.set_nonblocking(true)
                 .map_err(system("set up the settler's socket"))?;
         }
+        // One end stays here: without a settler, or after its end, the other must not become readable.
+        let bell = Arc::new(writer);
+        let rung = Arc::clone(&bell);
         let (sender, news) = mpsc::channel();
         let settler = if chain.image.is_read_only() {
             None
@@ -144,7 +149,7 @@ impl Background {
                 // Whoever does not listen any more is on the way out.
                 let _ = sender.send(news);
                 // A full socket wakes as well.
-                let _ = io::Write::write(&mut &writer, &[0]);
+                let _ = io::Write::write(&mut &*rung, &[0]);
             };
             Some(Settler::start(service, Box::new(meter), Box::new(tell))?)
         };
@@ -155,6 +160,7 @@ impl Background {
             settler,
             news,
             wake,
+            _bell: bell,
             table: JobTable::default(),
             finishing: false,
         })
