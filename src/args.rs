@@ -95,9 +95,11 @@ Examples:
     Delete(SnapshotDeleteArgs),
     /// Make the disk what it was in an internal snapshot; what was written since is lost
     #[command(after_help = "\
-The snapshot stays. Nobody may use the image meanwhile.
+The snapshot stays. No guest may use the disk meanwhile: with --control this is refused while a
+virtqueue runs.
 
 Examples:
+  qblkd snapshot revert before-upgrade --control /run/disk-control.sock
   qblkd snapshot revert before-upgrade --blk-file disk.qcow2")]
     Revert(SnapshotRevertArgs),
 }
@@ -256,6 +258,10 @@ pub struct ServeArgs {
     /// Another directory that backing files may be in, besides the image's own (repeatable)
     #[arg(long, value_name = "DIR", help_heading = "Image")]
     pub backing_dir: Vec<PathBuf>,
+
+    /// Another directory that external snapshots may be made in, besides the image's own (repeatable)
+    #[arg(long, value_name = "DIR", help_heading = "Image")]
+    pub snapshot_dir: Vec<PathBuf>,
 
     /// Memory for cached L2 tables; too little is rounded up
     /// [default: enough for the whole disk, at most 256M]
@@ -436,9 +442,9 @@ pub struct SnapshotRevertArgs {
     #[command(flatten)]
     pub which: SnapshotNameArgs,
 
-    /// The image
-    #[arg(long, value_name = "FILE")]
-    pub blk_file: PathBuf,
+    /// Where the snapshots are.
+    #[command(flatten)]
+    pub target: SnapshotTargetArgs,
 }
 
 /// `--format`, `--backing-format`.

@@ -118,6 +118,8 @@ pub struct ImageConfig {
     pub locking: Locking,
     /// Directories besides the image's own that backing files may be in.
     pub backing_dirs: Vec<PathBuf>,
+    /// Directories besides the image's own that external snapshots may be made in.
+    pub snapshot_dirs: Vec<PathBuf>,
     /// Budget for L2 slices; `None` for enough for the whole disk, up to a cap. Any size, also one
     /// that holds less than a slice: as with QEMU, the cache takes the least that it can work with.
     pub l2_cache_bytes: Option<u64>,
@@ -306,7 +308,7 @@ pub enum SnapshotAction {
         /// Stay until the background work is done.
         wait: bool,
     },
-    /// Go back to one. Only in an image that nobody uses.
+    /// Go back to one. Only while no guest uses the disk.
     Revert {
         /// Which one.
         which: SnapshotName,
@@ -470,6 +472,7 @@ fn image(args: ServeArgs) -> Result<ImageConfig, ConfigError> {
         discard_unmaps: args.discard == DiscardArg::Unmap,
         locking: args.locking.into(),
         backing_dirs: args.backing_dir,
+        snapshot_dirs: args.snapshot_dir,
         l2_cache_bytes: cache_size("--l2-cache-size", args.l2_cache_size)?,
         l2_cache_entry_bytes: args.l2_cache_entry_size.map(entry_size).transpose()?,
         refcount_cache_bytes: cache_size("--refcount-cache-size", args.refcount_cache_size)?,
@@ -658,10 +661,7 @@ fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
         SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
         SnapshotCommand::Revert(args) => {
             let which = snapshot_name(args.which)?;
-            return Ok(SnapshotConfig {
-                target: SnapshotTarget::File(args.blk_file),
-                action: SnapshotAction::Revert { which },
-            });
+            (args.target, SnapshotAction::Revert { which })
         }
         SnapshotCommand::Delete(args) => {
             let (which, wait) = (snapshot_name(args.which)?, args.wait);
@@ -914,6 +914,7 @@ mod tests {
                     discard_unmaps: true,
                     locking: Locking::Auto,
                     backing_dirs: vec![],
+                    snapshot_dirs: vec![],
                     l2_cache_bytes: None,
                     l2_cache_entry_bytes: None,
                     refcount_cache_bytes: None,
@@ -935,9 +936,10 @@ mod tests {
 
     #[test]
     fn every_option_arrives() {
-        let options = "--read-only --snapshot s1 --format qcow2 --cache none --discard ignore --locking off \
-                       --backing-dir a --backing-dir b --l2-cache-size 32M \
-                       --l2-cache-entry-size 8k --refcount-cache-size 1M --block-size 4k \
+        let options = "--read-only --snapshot s1 --format qcow2 --cache none --discard ignore \
+                       --locking off --backing-dir a --backing-dir b --snapshot-dir c \
+                       --snapshot-dir d --l2-cache-size 32M --l2-cache-entry-size 8k \
+                       --refcount-cache-size 1M --block-size 4k \
                        --serial S1 --id vda --num-queues 4 --queue-size 256 --threads 2 \
                        --poll-us 0 --control c --log warn,qblkd=trace --socket-group kvm \
                        --socket-mode 0660";
@@ -958,6 +960,7 @@ mod tests {
                     discard_unmaps: false,
                     locking: Locking::Off,
                     backing_dirs: vec!["a".into(), "b".into()],
+                    snapshot_dirs: vec!["c".into(), "d".into()],
                     l2_cache_bytes: Some(32 << 20),
                     l2_cache_entry_bytes: Some(8192),
                     refcount_cache_bytes: Some(1 << 20),

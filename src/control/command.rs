@@ -6,6 +6,8 @@
 //!
 //! [`ControlServer::answer`]: super::ControlServer::answer
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value, json};
 
 use super::error::CommandError;
@@ -57,6 +59,9 @@ pub enum Order {
     Snapshot(Vec<SnapshotAction>),
     /// Removes an internal snapshot. Answered with QEMU's `SnapshotInfo` of it.
     DeleteSnapshot(Selector),
+    /// Makes the disk what it was in an internal snapshot. Answered with QEMU's `SnapshotInfo` of
+    /// it.
+    RevertSnapshot(Selector),
 }
 
 /// One snapshot of a transaction.
@@ -67,6 +72,19 @@ pub enum SnapshotAction {
         /// What it is to be called.
         name: String,
     },
+    /// In a file of its own, which takes the place of the image. Alone in its transaction.
+    External(Overlay),
+}
+
+/// The file of an external snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// Where it is; relative to the working directory of this process.
+    pub file: PathBuf,
+    /// Name of its node; `None`: one is made up.
+    pub node_name: Option<String>,
+    /// It is there already, and names the image as its backing file.
+    pub existing: bool,
 }
 
 /// What becomes of a command that was carried out.
@@ -99,6 +117,8 @@ const COMMANDS: &[(&str, Run)] = &[
     ("query-blockstats", query_blockstats),
     ("blockdev-snapshot-internal-sync", snapshot_internal),
     ("blockdev-snapshot-delete-internal-sync", snapshot_delete),
+    ("blockdev-snapshot-sync", snapshot_external),
+    ("x-qblkd-snapshot-revert", snapshot_revert),
     ("transaction", transaction),
     ("query-jobs", query_jobs),
     ("query-block-jobs", query_block_jobs),
@@ -302,7 +322,29 @@ fn snapshot_internal(call: Call<'_>) -> Result<Outcome, CommandError> {
     Ok(Outcome::Later)
 }
 
+fn snapshot_external(call: Call<'_>) -> Result<Outcome, CommandError> {
+    let mut arguments = call.arguments;
+    let action = ExternalSnapshot::parse(&mut arguments)?;
+    arguments.finish()?;
+    let action = action.check(&call.handler.device_info())?;
+    let order = Order::Snapshot(vec![action]);
+    call.handler.order(call.ticket, order)?;
+    Ok(Outcome::Later)
+}
+
 fn snapshot_delete(call: Call<'_>) -> Result<Outcome, CommandError> {
+    order_about_snapshot(call, Order::DeleteSnapshot)
+}
+
+fn snapshot_revert(call: Call<'_>) -> Result<Outcome, CommandError> {
+    order_about_snapshot(call, Order::RevertSnapshot)
+}
+
+/// Hands over what is to happen to an internal snapshot that is there.
+fn order_about_snapshot(
+    call: Call<'_>,
+    order: fn(Selector) -> Order,
+) -> Result<Outcome, CommandError> {
     let mut arguments = call.arguments;
     let device = arguments.need_text("device")?;
     let id = arguments.take_text("id")?;
@@ -332,8 +374,7 @@ fn snapshot_delete(call: Call<'_>) -> Result<Outcome, CommandError> {
     if node.read_only {
         return Err(read_only(&device));
     }
-    call.handler
-        .order(call.ticket, Order::DeleteSnapshot(selector))?;
+    call.handler.order(call.ticket, order(selector))?;
     Ok(Outcome::Later)
 }
 
@@ -414,9 +455,74 @@ impl InternalSnapshot {
     }
 }
 
+/// QEMU's `BlockdevSnapshotSync`.
+struct ExternalSnapshot {
+    device: Option<String>,
+    node: Option<String>,
+    overlay: Overlay,
+}
+
+impl ExternalSnapshot {
+    fn parse(arguments: &mut Arguments) -> Result<Self, CommandError> {
+        let device = arguments.take_text("device")?;
+        let node = arguments.take_text("node-name")?;
+        let file = arguments.need_text("snapshot-file")?;
+        let node_name = arguments.take_text("snapshot-node-name")?;
+        if let Some(format) = arguments.take_text("format")?
+            && format != "qcow2"
+        {
+            return Err(CommandError::generic(format!(
+                "Parameter 'format' does not accept value '{format}': an overlay is of format qcow2"
+            )));
+        }
+        let existing = match arguments.take_text("mode")?.as_deref() {
+            None | Some("absolute-paths") => false,
+            Some("existing") => true,
+            Some(other) => {
+                return Err(CommandError::generic(format!(
+                    "Parameter 'mode' does not accept value '{other}'"
+                )));
+            }
+        };
+        let overlay = Overlay {
+            file: file.into(),
+            node_name,
+            existing,
+        };
+        Ok(Self {
+            device,
+            node,
+            overlay,
+        })
+    }
+
+    fn check(self, info: &DeviceInfo) -> Result<SnapshotAction, CommandError> {
+        let names = [self.device.as_deref(), self.node.as_deref()];
+        let mut names = names.into_iter().flatten().peekable();
+        if names.peek().is_none() {
+            return Err(CommandError::generic(
+                "One of 'device' and 'node-name' must be given",
+            ));
+        }
+        for name in names {
+            if root(info, name)?.read_only {
+                return Err(read_only(name));
+            }
+        }
+        // Who names nodes must be able to name the new one.
+        if self.device.is_none() && self.overlay.node_name.is_none() {
+            return Err(CommandError::generic(
+                "Parameter 'snapshot-node-name' is missing: the image was given by its node name",
+            ));
+        }
+        Ok(SnapshotAction::External(self.overlay))
+    }
+}
+
 /// One member of `actions`, its form checked.
 enum Action {
     Internal(InternalSnapshot),
+    External(ExternalSnapshot),
     Abort,
 }
 
@@ -441,12 +547,14 @@ fn transaction(call: Call<'_>) -> Result<Outcome, CommandError> {
         match action {
             Action::Internal(snapshot) => {
                 let action = snapshot.check(&info)?;
-                let SnapshotAction::Internal { name } = &action;
-                if actions.contains(&action) {
+                if let SnapshotAction::Internal { name } = &action
+                    && actions.contains(&action)
+                {
                     return Err(snapshot_exists(&info.name, name));
                 }
                 actions.push(action);
             }
+            Action::External(snapshot) => actions.push(snapshot.check(&info)?),
             Action::Abort => {
                 return Err(CommandError::generic(
                     "Transaction aborted using Abort action",
@@ -456,6 +564,13 @@ fn transaction(call: Call<'_>) -> Result<Outcome, CommandError> {
     }
     if actions.is_empty() {
         return Ok(Outcome::Return(json!({})));
+    }
+    let is_external = |action: &SnapshotAction| matches!(action, SnapshotAction::External(_));
+    if actions.len() > 1 && actions.iter().any(is_external) {
+        return Err(CommandError::generic(
+            "An external snapshot must be the only one of its transaction: nothing else can be \
+             done to an image that becomes a backing file",
+        ));
     }
     call.handler.order(call.ticket, Order::Snapshot(actions))?;
     Ok(Outcome::Later)
@@ -473,7 +588,12 @@ fn parse_action(index: usize, action: Value) -> Result<Action, CommandError> {
         path: format!("{path}."),
     };
     let kind = action.need_text("type")?;
-    if !["blockdev-snapshot-internal-sync", "abort"].contains(&kind.as_str()) {
+    const KINDS: [&str; 3] = [
+        "blockdev-snapshot-internal-sync",
+        "blockdev-snapshot-sync",
+        "abort",
+    ];
+    if !KINDS.contains(&kind.as_str()) {
         return Err(CommandError::generic(format!(
             "Parameter 'type' does not accept value '{kind}'"
         )));
@@ -483,6 +603,7 @@ fn parse_action(index: usize, action: Value) -> Result<Action, CommandError> {
     action.finish()?;
     let parsed = match kind.as_str() {
         "abort" => Action::Abort,
+        "blockdev-snapshot-sync" => Action::External(ExternalSnapshot::parse(&mut data)?),
         _ => Action::Internal(InternalSnapshot::parse(&mut data)?),
     };
     data.finish()?;
@@ -497,6 +618,7 @@ fn check_completion_mode(mode: Option<&str>, actions: &[Action]) -> Result<(), C
             Some(action) => {
                 let kind = match action {
                     Action::Internal(_) => "blockdev-snapshot-internal-sync",
+                    Action::External(_) => "blockdev-snapshot-sync",
                     Action::Abort => "abort",
                 };
                 Err(CommandError::generic(format!(

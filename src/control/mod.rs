@@ -20,7 +20,7 @@ mod session;
 mod tests;
 pub mod wire;
 
-pub use command::{Handler, Order, SnapshotAction, Ticket};
+pub use command::{Handler, Order, Overlay, SnapshotAction, Ticket};
 pub(crate) use command::{no_snapshot, snapshot_exists};
 pub use error::{BindError, CommandError, ErrorClass};
 pub use event::{Event, IoErrorAction, IoOperation, ShutdownReason};

@@ -18,7 +18,7 @@ use super::info::{
 use super::job::{IoStatus, JobInfo, JobKind, JobStatus};
 use super::{
     BindError, CLIENT_COUNT_MAX, CommandError, ControlServer, Event, Handler, IoErrorAction,
-    IoOperation, Order, ShutdownReason, SnapshotAction, Ticket,
+    IoOperation, Order, Overlay, ShutdownReason, SnapshotAction, Ticket,
 };
 use crate::engine::Selector;
 
@@ -368,7 +368,9 @@ fn command_transcript() {
                 r#"{"name":"query-block"},{"name":"query-named-block-nodes"},"#,
                 r#"{"name":"query-blockstats"},"#,
                 r#"{"name":"blockdev-snapshot-internal-sync"},"#,
-                r#"{"name":"blockdev-snapshot-delete-internal-sync"},{"name":"transaction"},"#,
+                r#"{"name":"blockdev-snapshot-delete-internal-sync"},"#,
+                r#"{"name":"blockdev-snapshot-sync"},{"name":"x-qblkd-snapshot-revert"},"#,
+                r#"{"name":"transaction"},"#,
                 r#"{"name":"query-jobs"},{"name":"query-block-jobs"},"#,
                 r#"{"name":"block-job-set-speed"},{"name":"block-job-cancel"},"#,
                 r#"{"name":"block-job-dismiss"},{"name":"job-cancel"},{"name":"job-dismiss"},"#,
@@ -1040,6 +1042,93 @@ fn bad_transactions_are_refused_as_a_whole() {
 }
 
 #[test]
+fn bad_external_snapshots_are_refused() {
+    refusals(
+        "blockdev-snapshot-sync",
+        &[
+            (r#"{}"#, "Parameter 'snapshot-file' is missing"),
+            (
+                r#"{"snapshot-file":"o"}"#,
+                "One of 'device' and 'node-name' must be given",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":3}"#,
+                "Invalid parameter type for 'snapshot-file', expected: string",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","x":1}"#,
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                r#"{"device":"nope","snapshot-file":"o"}"#,
+                "Cannot find device='nope' nor node-name='nope'",
+            ),
+            (
+                r#"{"device":"disk0","node-name":"disk0.1","snapshot-file":"o"}"#,
+                "Need a root block node",
+            ),
+            (
+                r#"{"node-name":"disk0","snapshot-file":"o"}"#,
+                "Parameter 'snapshot-node-name' is missing: the image was given by its node name",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","format":"raw"}"#,
+                "Parameter 'format' does not accept value 'raw': an overlay is of format qcow2",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-file":"o","mode":"copy"}"#,
+                "Parameter 'mode' does not accept value 'copy'",
+            ),
+        ],
+    );
+    refusals(
+        "transaction",
+        &[(
+            concat!(
+                r#"{"actions":[{"type":"blockdev-snapshot-internal-sync","#,
+                r#""data":{"device":"disk0","name":"a"}},{"type":"blockdev-snapshot-sync","#,
+                r#""data":{"device":"disk0","snapshot-file":"o"}}]}"#
+            ),
+            "An external snapshot must be the only one of its transaction: nothing else can be \
+             done to an image that becomes a backing file",
+        )],
+    );
+}
+
+#[test]
+fn external_snapshots_are_ordered_as_they_were_meant() {
+    let mut bench = Bench::new();
+    let mut client = bench.negotiated();
+    let arguments = [
+        r#"{"device":"disk0","snapshot-file":"o","format":"qcow2","mode":"absolute-paths"}"#,
+        r#"{"node-name":"disk0","snapshot-file":"o","snapshot-node-name":"n","mode":"existing"}"#,
+    ];
+    let requests = [
+        format!(
+            r#"{{"execute":"blockdev-snapshot-sync","arguments":{}}}"#,
+            arguments[0]
+        ),
+        format!(
+            r#"{{"execute":"transaction","arguments":{{"actions":[{{"type":"blockdev-snapshot-sync","data":{}}}]}}}}"#,
+            arguments[1]
+        ),
+    ];
+    let overlays = [(None, false), (Some("n".to_owned()), true)];
+    for (request, (node_name, existing)) in requests.iter().zip(overlays) {
+        assert_eq!(bench.ask(&mut client, request), [] as [Value; 0]);
+        let overlay = Overlay {
+            file: "o".into(),
+            node_name,
+            existing,
+        };
+        let order = Order::Snapshot(vec![SnapshotAction::External(overlay)]);
+        assert_eq!(bench.daemon.orders[0].1, order);
+        bench.answer(&Ok(json!({})));
+        assert_eq!(client.receive(), [json!({ "return": {} })]);
+    }
+}
+
+#[test]
 fn a_disk_that_is_read_only_keeps_its_snapshots() {
     let mut bench = Bench::new();
     bench.daemon.read_only = true;
@@ -1050,6 +1139,10 @@ fn a_disk_that_is_read_only_keeps_its_snapshots() {
         concat!(
             r#"{"execute":"blockdev-snapshot-delete-internal-sync","#,
             r#""arguments":{"device":"disk0","name":"first"}}"#
+        ),
+        concat!(
+            r#"{"execute":"blockdev-snapshot-sync","#,
+            r#""arguments":{"device":"disk0","snapshot-file":"o"}}"#
         ),
     ];
     for request in requests {

@@ -11,29 +11,28 @@ use crate::storage::lock::{ImageLock, LOCK_PATIENCE, LockKind, Locking};
 use crate::storage::{BlockingStorage, FileId, HostFile, block_on};
 
 /// A file of the chain and what it said about itself when it was opened.
+#[derive(Debug)]
 pub(super) struct Node {
+    /// Its name on the control socket; stays the same while it is part of the chain.
+    pub(super) name: String,
     pub(super) layer: OpenLayer,
     /// None for a raw file.
     pub(super) info: Option<ImageInfo>,
+    /// Given back last: fields drop in this order. None only where it could not be had.
+    pub(super) lock: Option<ImageLock>,
 }
 
 /// An open virtual disk with everything that it holds on the host.
+#[derive(Debug)]
 pub(super) struct Chain {
     pub(super) image: Arc<Image>,
     /// Active layer first.
-    pub(super) nodes: Vec<Node>,
-    /// Given back last: fields drop in this order.
-    _locks: Vec<ImageLock>,
+    pub(super) nodes: Arc<[Node]>,
 }
 
 impl Chain {
-    /// Opens the image of the command line: its files, their locks, its metadata.
-    pub(super) fn open(config: &ImageConfig) -> Result<Self, engine::Error> {
-        let locking = match config.locking {
-            LockingConfig::Auto => Locking::Auto,
-            LockingConfig::On => Locking::On,
-            LockingConfig::Off => Locking::Off,
-        };
+    /// Opens the image of the command line: its files, their locks, its metadata. `id` names it.
+    pub(super) fn open(config: &ImageConfig, id: &str) -> Result<Self, engine::Error> {
         let mut locks = Vec::new();
         let options = ChainOptions {
             read_only: config.read_only,
@@ -42,55 +41,31 @@ impl Chain {
         };
         let format = config.format.into();
         let layers = open_chain(&config.path, format, &options, &mut |file, read_only| {
-            let kind = if read_only {
-                LockKind::Reader
-            } else {
-                LockKind::Writer
-            };
-            let lock = ImageLock::take(file, kind, locking, LOCK_PATIENCE).map_err(|error| {
-                engine::Error::new(
-                    ErrorKind::Locked,
-                    format!("cannot lock '{}': {error}", file.path().display()),
-                )
-            })?;
-            locks.push(lock);
+            locks.push(lock(config, file, read_only)?);
             Ok(())
         })?;
-        let specs: Vec<LayerSpec> = layers
-            .iter()
-            .zip(0..)
-            .map(|(layer, number)| LayerSpec {
-                file: FileId(number),
-                format: layer.format,
-            })
-            .collect();
-        let mut options = OpenOptions {
-            read_only: config.read_only,
-            discard: config.discard_unmaps,
-            no_flush: config.cache.ignores_flush(),
-            l2_cache_size: config.l2_cache_bytes,
-            l2_cache_entry_size: config.l2_cache_entry_bytes,
-            refcount_cache_size: config.refcount_cache_bytes,
-            snapshot: None,
-        };
-        let files = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
-        let storage = BlockingStorage::new(files);
+        let specs = specs(&layers);
+        let storage = storage(&layers);
+        let mut options = open_options(config);
         if let Some(wanted) = &config.snapshot {
             options.snapshot = Some(find_snapshot(&storage, wanted)?);
         }
         let image = block_on(Image::open(&storage, &specs, &options))?;
         let mut nodes = Vec::with_capacity(layers.len());
-        for (layer, spec) in layers.into_iter().zip(&specs) {
-            let info = match spec.format {
-                LayerFormat::Qcow2 => Some(block_on(info(&storage, spec.file))?),
-                LayerFormat::Raw => None,
-            };
-            nodes.push(Node { layer, info });
+        for (index, (layer, lock)) in layers.into_iter().zip(locks).enumerate() {
+            nodes.push(Node {
+                name: match index {
+                    0 => id.to_owned(),
+                    below => format!("{id}-backing{below}"),
+                },
+                info: node_info(&layer)?,
+                layer,
+                lock: Some(lock),
+            });
         }
         Ok(Self {
             image,
-            nodes,
-            _locks: locks,
+            nodes: nodes.into(),
         })
     }
 
@@ -125,8 +100,74 @@ impl Chain {
     }
 
     /// Writes back what is left and closes the image in order. No request may be in flight.
-    pub(super) fn close(self) -> Result<(), engine::Error> {
-        super::close(&self.image, BlockingStorage::new(self.files()))
+    pub(super) fn close(&self) -> Result<(), engine::Error> {
+        let worker = self.image.worker(BlockingStorage::new(self.files()));
+        block_on(worker.close())
+    }
+}
+
+/// Locks a file of the chain as the configuration has it.
+pub(super) fn lock(
+    config: &ImageConfig,
+    file: &Arc<HostFile>,
+    read_only: bool,
+) -> Result<ImageLock, engine::Error> {
+    let locking = match config.locking {
+        LockingConfig::Auto => Locking::Auto,
+        LockingConfig::On => Locking::On,
+        LockingConfig::Off => Locking::Off,
+    };
+    let kind = if read_only {
+        LockKind::Reader
+    } else {
+        LockKind::Writer
+    };
+    ImageLock::take(file, kind, locking, LOCK_PATIENCE).map_err(|error| {
+        engine::Error::new(
+            ErrorKind::Locked,
+            format!("cannot lock '{}': {error}", file.path().display()),
+        )
+    })
+}
+
+/// How the configuration has an image opened.
+pub(super) fn open_options(config: &ImageConfig) -> OpenOptions {
+    OpenOptions {
+        read_only: config.read_only,
+        discard: config.discard_unmaps,
+        no_flush: config.cache.ignores_flush(),
+        l2_cache_size: config.l2_cache_bytes,
+        l2_cache_entry_size: config.l2_cache_entry_bytes,
+        refcount_cache_size: config.refcount_cache_bytes,
+        snapshot: None,
+    }
+}
+
+/// The layers for the engine: their ids are their indices.
+pub(super) fn specs<'a>(layers: impl IntoIterator<Item = &'a OpenLayer>) -> Vec<LayerSpec> {
+    layers
+        .into_iter()
+        .zip(0..)
+        .map(|(layer, number)| LayerSpec {
+            file: FileId(number),
+            format: layer.format,
+        })
+        .collect()
+}
+
+/// Blocking access to the files of layers.
+pub(super) fn storage(layers: &[OpenLayer]) -> BlockingStorage {
+    BlockingStorage::new(layers.iter().map(|layer| Arc::clone(&layer.file)).collect())
+}
+
+/// What a file says about itself now; nothing if it is raw.
+pub(super) fn node_info(layer: &OpenLayer) -> Result<Option<ImageInfo>, engine::Error> {
+    match layer.format {
+        LayerFormat::Raw => Ok(None),
+        LayerFormat::Qcow2 => {
+            let storage = BlockingStorage::new(vec![Arc::clone(&layer.file)]);
+            block_on(info(&storage, FileId(0))).map(Some)
+        }
     }
 }
 

@@ -13,8 +13,9 @@ use std::sync::{Arc, mpsc};
 
 use serde_json::{Value, json};
 
+use super::chain::Chain;
 use super::pace::Load;
-use super::settler::{Answer, Failure, News, Settler, Task};
+use super::settler::{Answer, Failure, News, Service, Settler, Task};
 use super::{DaemonError, system};
 use crate::control::info::InternalSnapshotInfo;
 use crate::control::job::{IoStatus, JobInfo, JobKind, JobStatus};
@@ -23,10 +24,7 @@ use crate::control::{
     snapshot_exists,
 };
 use crate::device::Server;
-use crate::engine::{
-    self, BackgroundKind, BackgroundStatus, ErrorKind, Image, LayerFormat, Selector, SnapshotInfo,
-};
-use crate::storage::HostFile;
+use crate::engine::{self, BackgroundKind, BackgroundStatus, ErrorKind, Selector, SnapshotInfo};
 
 /// A command's reply that has become known.
 pub(super) type Reply = (Ticket, Result<Value, CommandError>);
@@ -101,35 +99,42 @@ impl Job {
 /// The settler of an image that is served, and its jobs.
 pub(super) struct Background {
     device: String,
-    image: Arc<Image>,
-    /// `None` for an image that never has background work: raw, or read-only.
+    /// What is served now.
+    chain: Arc<Chain>,
+    /// `None` for an image that is only read: nothing can be done to it.
     settler: Option<Settler>,
     news: mpsc::Receiver<News>,
     wake: UnixStream,
+    /// The other end of `wake`.
+    _bell: Arc<UnixStream>,
     table: JobTable,
     finishing: bool,
     ended: bool,
 }
 
 impl Background {
-    /// Starts the settler of an image, if the image can have background work.
+    /// Starts the settler of an image, if anything can be done to the image.
     ///
     /// # Errors
     /// The host has no thread, socket or ring for it.
     pub(super) fn start(
         device: &str,
-        image: &Arc<Image>,
-        files: Vec<Arc<HostFile>>,
-        format: LayerFormat,
+        service: Service,
         server: &Server,
     ) -> Result<Self, DaemonError> {
+        let chain = Arc::clone(&service.chain);
         let (wake, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
         for end in [&wake, &writer] {
             end.set_nonblocking(true)
                 .map_err(system("set up the settler's socket"))?;
         }
+        // One end stays here: without a settler, or after its end, the other must not become readable.
+        let bell = Arc::new(writer);
+        let rung = Arc::clone(&bell);
         let (sender, news) = mpsc::channel();
-        let settler = if format == LayerFormat::Qcow2 && !image.is_read_only() {
+        let settler = if chain.image.is_read_only() {
+            None
+        } else {
             let stats = server.stats_reader();
             let meter = move || {
                 let mut load = Load::default();
@@ -144,33 +149,26 @@ impl Background {
                 // Whoever does not listen any more is on the way out.
                 let _ = sender.send(news);
                 // A full socket wakes as well.
-                let _ = io::Write::write(&mut &writer, &[0]);
+                let _ = io::Write::write(&mut &*rung, &[0]);
             };
-            let image = Arc::clone(image);
-            Some(Settler::start(
-                image,
-                files,
-                Box::new(meter),
-                Box::new(tell),
-            )?)
-        } else {
-            None
+            Some(Settler::start(service, Box::new(meter), Box::new(tell))?)
         };
         Ok(Self {
             device: device.to_owned(),
-            image: Arc::clone(image),
+            chain,
             ended: settler.is_none(),
             settler,
             news,
             wake,
+            _bell: bell,
             table: JobTable::default(),
             finishing: false,
         })
     }
 
-    /// Readable when there are news.
-    pub(super) fn descriptor(&self) -> RawFd {
-        self.wake.as_raw_fd()
+    /// Readable when there are news; `None` where there never are any.
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
+        self.settler.as_ref().map(|_| self.wake.as_raw_fd())
     }
 
     /// Takes what the settler has told: replies to send first, then events.
@@ -182,6 +180,10 @@ impl Background {
         while let Ok(news) = self.news.try_recv() {
             match news {
                 News::Answered(ticket, result) => replies.push((ticket, self.reply(result))),
+                News::Serving(chain) => {
+                    self.chain = chain;
+                    self.table.added_last = 0;
+                }
                 News::Ended => self.ended = true,
                 other => self.table.take(other),
             }
@@ -194,28 +196,47 @@ impl Background {
         std::mem::take(&mut self.table.events)
     }
 
+    /// What is served now.
+    pub(super) fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
     fn reply(&self, result: Result<Answer, (Order, engine::Error)>) -> Result<Value, CommandError> {
         match result {
             Ok(Answer::Created) => Ok(json!({})),
-            Ok(Answer::Deleted(snapshot)) => {
+            Ok(Answer::Deleted(snapshot) | Answer::Reverted(snapshot)) => {
                 let mut info = InternalSnapshotInfo::from(&snapshot);
                 info.more = None;
                 Ok(json!(info))
             }
             Err((Order::Snapshot(actions), error)) => Err(self.snapshot_error(&actions, &error)),
             Err((Order::DeleteSnapshot(selector), error)) => {
-                Err(self.delete_error(&selector, &error))
+                Err(self.selector_error("delete", &selector, &error))
+            }
+            Err((Order::RevertSnapshot(selector), error)) => {
+                Err(self.selector_error("revert to", &selector, &error))
             }
         }
     }
 
     fn snapshot_error(&self, actions: &[SnapshotAction], error: &engine::Error) -> CommandError {
-        let names = || actions.iter().map(|SnapshotAction::Internal { name }| name);
-        let taken = self.image.snapshots();
+        let device = &self.device;
+        let names = || {
+            actions.iter().filter_map(|action| match action {
+                SnapshotAction::Internal { name } => Some(name),
+                SnapshotAction::External(_) => None,
+            })
+        };
+        if names().next().is_none() {
+            return CommandError::generic(format!(
+                "Failed to take an external snapshot of device '{device}': {}",
+                error.chain()
+            ));
+        }
+        let taken = self.chain.image.snapshots();
         let is_taken = |name: &&String| taken.iter().any(|snapshot| snapshot.name == **name);
         let culprit = names().find(is_taken).or_else(|| names().next());
         let name = culprit.map_or("", String::as_str);
-        let device = &self.device;
         if error.kind() == ErrorKind::Exists {
             return snapshot_exists(device, name);
         }
@@ -225,25 +246,30 @@ impl Background {
         ))
     }
 
-    fn delete_error(&self, selector: &Selector, error: &engine::Error) -> CommandError {
+    fn selector_error(
+        &self,
+        what: &str,
+        selector: &Selector,
+        error: &engine::Error,
+    ) -> CommandError {
         let device = &self.device;
         if error.kind() == ErrorKind::NotFound {
             return no_snapshot(device, selector);
         }
         let message = error.chain();
         CommandError::generic(format!(
-            "Failed to delete snapshot on device '{device}': {message}"
+            "Failed to {what} snapshot on device '{device}': {message}"
         ))
     }
 
     /// The internal snapshots as they are now.
     pub(super) fn snapshots(&self) -> Vec<SnapshotInfo> {
-        self.image.snapshots()
+        self.chain.image.snapshots()
     }
 
     /// The jobs, in the order in which they are done.
     pub(super) fn jobs(&mut self) -> Vec<JobInfo> {
-        self.table.infos(&self.image.background())
+        self.table.infos(&self.chain.image.background())
     }
 
     /// Limits a job.
@@ -274,7 +300,7 @@ impl Background {
                 Ok(())
             }
             _ => Err(CommandError::generic(
-                "the image has no internal snapshots that could be changed",
+                "nothing can be done to an image that is only read",
             )),
         }
     }
@@ -361,7 +387,7 @@ impl JobTable {
                     self.events.push(job.become_status(JobStatus::Concluded));
                 }
             }
-            News::Answered(..) | News::Ended => {}
+            News::Answered(..) | News::Serving(_) | News::Ended => {}
         }
     }
 

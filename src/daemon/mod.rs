@@ -8,9 +8,11 @@
 
 mod advice;
 mod chain;
+mod external;
 mod jobs;
 mod pace;
 mod report;
+mod revert;
 mod settler;
 mod socket;
 
@@ -29,12 +31,13 @@ pub use self::advice::advice;
 use self::chain::Chain;
 use self::jobs::Background;
 use self::report::Report;
+use self::settler::Service;
 use self::socket::ListeningSocket;
 use crate::config::{Endpoint, ServeConfig};
 use crate::control::{BindError, ControlServer, Event, ShutdownReason};
 use crate::device::{DeviceConfig, DeviceError, FrontEnd, Server};
 use crate::engine::{self, Image, ImageEvent};
-use crate::storage::{BlockingStorage, Ring, RingError, block_on};
+use crate::storage::{Ring, RingError};
 
 /// Tokens of the loop's descriptors; the control server uses everything from `CONTROL` on.
 mod token {
@@ -110,10 +113,11 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         path: config.image.path.display().to_string(),
         source,
     };
-    let chain = Chain::open(&config.image).map_err(image_error)?;
+    let chain = Chain::open(&config.image, &config.disk.id).map_err(image_error)?;
     // Until here a signal ends the process at once, which even a repair survives.
     let signals = signals()?;
-    let (events, event_reader) = image_events(&chain.image)?;
+    let (image_events, events, event_reader) = ImageEvents::new()?;
+    image_events.watch(&chain.image);
 
     let mut server = Server::start(
         Arc::clone(&chain.image),
@@ -130,7 +134,16 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     )
     .map_err(DaemonError::Device)?;
 
-    let mut background = background(config, &chain, &server)?;
+    let mut background = Background::start(
+        &config.disk.id,
+        Service {
+            chain: Arc::new(chain),
+            config: config.image.clone(),
+            pauser: server.pauser(),
+            watch: Box::new(move |image| image_events.watch(image)),
+        },
+        &server,
+    )?;
 
     let epoll = epoll::create(true).map_err(system("make an epoll set"))?;
     let mut control = match &config.control {
@@ -156,7 +169,6 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
     };
     let served = Served {
         config,
-        chain: &chain,
         server: &server,
     };
     let ended = main_loop.run(&served, &mut background, control.as_mut());
@@ -168,23 +180,18 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         // In-flight requests are abandoned with the process: nothing waits for them.
         std::mem::forget(server);
         std::mem::forget(background);
-        std::mem::forget(chain);
         return Err(error);
     }
     let joined = server.join().map_err(DaemonError::Device);
+    let chain = Arc::clone(background.chain());
+    let image_error = |source| DaemonError::Image {
+        path: chain.nodes[0].layer.path.display().to_string(),
+        source,
+    };
     let settled = background.join().map_err(image_error);
     let closed = chain.close().map_err(image_error);
     drop(control);
     joined.and(settled).and(closed)
-}
-
-fn background(
-    config: &ServeConfig,
-    chain: &Chain,
-    server: &Server,
-) -> Result<Background, DaemonError> {
-    let format = config.image.format.into();
-    Background::start(&config.disk.id, &chain.image, chain.files(), format, server)
 }
 
 fn threads(config: &ServeConfig) -> usize {
@@ -209,22 +216,39 @@ fn signals() -> Result<UnixStream, DaemonError> {
     Ok(reader)
 }
 
-/// A queue of image events, and a socket that becomes readable with each.
-fn image_events(
-    image: &Arc<Image>,
-) -> Result<(mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
-    let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
-    for end in [&reader, &writer] {
-        end.set_nonblocking(true)
-            .map_err(system("set up the event socket"))?;
+/// Where images put their events.
+struct ImageEvents {
+    sender: mpsc::Sender<ImageEvent>,
+    /// Written with each event.
+    bell: Arc<UnixStream>,
+}
+
+impl ImageEvents {
+    /// With the other ends: the queue, and a socket that becomes readable with each event.
+    fn new() -> Result<(Self, mpsc::Receiver<ImageEvent>, UnixStream), DaemonError> {
+        let (reader, writer) = UnixStream::pair().map_err(system("make a socket pair"))?;
+        for end in [&reader, &writer] {
+            end.set_nonblocking(true)
+                .map_err(system("set up the event socket"))?;
+        }
+        let (sender, receiver) = mpsc::channel();
+        let events = Self {
+            sender,
+            bell: Arc::new(writer),
+        };
+        Ok((events, receiver, reader))
     }
-    let (sender, receiver) = mpsc::channel();
-    image.set_event_sink(move |event| {
-        // Whoever does not listen any more is on the way out.
-        let _ = sender.send(event);
-        let _ = io::Write::write(&mut &writer, &[0]);
-    });
-    Ok((receiver, reader))
+
+    /// Has an image put its events here.
+    fn watch(&self, image: &Image) {
+        let sender = self.sender.clone();
+        let bell = Arc::clone(&self.bell);
+        image.set_event_sink(move |event| {
+            // Whoever does not listen any more is on the way out.
+            let _ = sender.send(event);
+            let _ = io::Write::write(&mut &*bell, &[0]);
+        });
+    }
 }
 
 fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
@@ -249,7 +273,6 @@ fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>),
 /// What is served.
 struct Served<'a> {
     config: &'a ServeConfig,
-    chain: &'a Chain,
     server: &'a Server,
 }
 
@@ -274,9 +297,9 @@ impl MainLoop {
             (self.signals.as_raw_fd(), token::SIGNAL),
             (finished, token::FINISHED),
             (self.event_reader.as_raw_fd(), token::IMAGE_EVENT),
-            (background.descriptor(), token::SETTLER),
         ];
-        for (fd, token) in watched {
+        let news = background.descriptor().map(|fd| (fd, token::SETTLER));
+        for (fd, token) in watched.into_iter().chain(news) {
             let event = epoll::Event::new(Events::EPOLLIN, token);
             epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_ADD, fd, event)
                 .map_err(system("watch a descriptor"))?;
@@ -329,7 +352,7 @@ impl MainLoop {
         control: &mut ControlServer,
         talk: impl FnOnce(&mut ControlServer, &mut Report<'_>),
     ) {
-        let mut report = Report::new(served.config, served.chain, served.server, background);
+        let mut report = Report::new(served.config, served.server, background);
         talk(control, &mut report);
         let quit = report.quit;
         for event in background.take_events() {
@@ -423,10 +446,4 @@ impl MainLoop {
             control.emit(&report::event(&config.disk.id, event));
         }
     }
-}
-
-/// Runs the last act of an image on the calling thread.
-fn close(image: &Arc<Image>, storage: BlockingStorage) -> Result<(), engine::Error> {
-    let worker = image.worker(storage);
-    block_on(worker.close())
 }

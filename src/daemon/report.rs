@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::chain::{Chain, Node};
+use super::chain::Node;
 use super::jobs::Background;
 use crate::config::ServeConfig;
 use crate::control::info::{
@@ -27,7 +27,6 @@ const _: () = assert!(LAST_BOUNDARY_BIT < LATENCY_BUCKETS);
 /// Answers one round of commands.
 pub(super) struct Report<'a> {
     config: &'a ServeConfig,
-    chain: &'a Chain,
     server: &'a Server,
     background: &'a mut Background,
     /// A client asked to quit.
@@ -37,13 +36,11 @@ pub(super) struct Report<'a> {
 impl<'a> Report<'a> {
     pub(super) fn new(
         config: &'a ServeConfig,
-        chain: &'a Chain,
         server: &'a Server,
         background: &'a mut Background,
     ) -> Self {
         Self {
             config,
-            chain,
             server,
             background,
             quit: false,
@@ -52,13 +49,8 @@ impl<'a> Report<'a> {
 
     fn node(&self, index: usize, node: &Node, below: Option<&Node>) -> NodeInfo {
         let cache = self.config.image.cache;
-        let id = &self.config.disk.id;
         NodeInfo {
-            node_name: if index == 0 {
-                id.clone()
-            } else {
-                format!("{id}-backing{index}")
-            },
+            node_name: node.name.clone(),
             format: match node.layer.format {
                 LayerFormat::Qcow2 => "qcow2",
                 LayerFormat::Raw => "raw",
@@ -70,7 +62,7 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: self.chain.virtual_size(
+            virtual_size_bytes: self.background.chain().virtual_size(
                 index,
                 node,
                 self.config.image.snapshot.is_some(),
@@ -96,7 +88,8 @@ impl<'a> Report<'a> {
                 refcount_bits: info.header.geometry().refcount_bits(),
                 lazy_refcounts: info.header.has_lazy_refcounts(),
                 dirty: info.header.is_dirty(),
-                corrupt: info.header.is_corrupt() || (index == 0 && self.chain.is_corrupt()),
+                corrupt: info.header.is_corrupt()
+                    || (index == 0 && self.background.chain().is_corrupt()),
                 compression_type: match info.header.compression_type {
                     CompressionType::Zlib => "zlib",
                     CompressionType::Zstd => "zstd",
@@ -116,7 +109,7 @@ impl<'a> Report<'a> {
 
 impl Handler for Report<'_> {
     fn device_info(&mut self) -> DeviceInfo {
-        let nodes = &self.chain.nodes;
+        let nodes = &self.background.chain().nodes;
         let chain = nodes
             .iter()
             .enumerate()
@@ -136,17 +129,16 @@ impl Handler for Report<'_> {
                 .map(|worker| &worker.operations[kind as usize]);
             operations(of_kind)
         };
-        let caches = self.chain.image.cache_stats();
+        let caches = self.server.cache_stats();
         DeviceStats {
             read: sum(OperationKind::Read),
             write: sum(OperationKind::Write),
             flush: sum(OperationKind::Flush),
             unmap: sum(OperationKind::Unmap),
-            write_highest_offset: self.chain.file_len(),
+            write_highest_offset: self.background.chain().file_len(),
             idle_time_ns: None,
             workers: caches
                 .iter()
-                .take(workers.len())
                 .enumerate()
                 .map(|(worker, cache)| WorkerStats {
                     worker,

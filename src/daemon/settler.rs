@@ -21,14 +21,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{error, info, warn};
 
+use super::chain::Chain;
+use super::external;
 use super::pace::{Load, Pace, pause_for_speed};
+use super::revert;
 use super::{DaemonError, system};
-use crate::control::{Order, SnapshotAction, Ticket};
+use crate::config::ImageConfig;
+use crate::control::{Order, Overlay, SnapshotAction, Ticket};
+use crate::device::Pauser;
 use crate::engine::{
     BackgroundStatus, Created, Error, ErrorKind, Image, NewSnapshot, Selector, SnapshotInfo, Step,
     Worker,
 };
-use crate::storage::{HostFile, Ring, RingError, RingStorage};
+use crate::storage::{Ring, RingError, RingStorage};
 
 /// Operations in flight at a time.
 const RING_ENTRIES: u32 = 64;
@@ -57,6 +62,8 @@ pub(super) enum Answer {
     Created,
     /// This one is not there any more.
     Deleted(SnapshotInfo),
+    /// The disk is what it was in this one.
+    Reverted(SnapshotInfo),
 }
 
 /// What the settler tells the main thread.
@@ -64,6 +71,8 @@ pub(super) enum Answer {
 pub(super) enum News {
     /// What became of an order. The order comes back with the error, for its words.
     Answered(Ticket, Result<Answer, (Order, Error)>),
+    /// Another image is served now; it counts its work anew.
+    Serving(Arc<Chain>),
     /// There is a new piece of work.
     Queued(BackgroundStatus),
     /// A piece of work has begun, or goes on after an error.
@@ -99,6 +108,17 @@ pub(super) type Tell = Box<dyn Fn(News) + Send>;
 /// Reads the device's counters.
 pub(super) type Meter = Box<dyn Fn() -> Load + Send>;
 
+/// Puts the events of an image where they belong.
+pub(super) type Watch = Box<dyn Fn(&Image) + Send>;
+
+/// What is served, and what it takes to serve something else.
+pub(super) struct Service {
+    pub(super) chain: Arc<Chain>,
+    pub(super) config: ImageConfig,
+    pub(super) pauser: Pauser,
+    pub(super) watch: Watch,
+}
+
 /// A settler at work.
 #[derive(Debug)]
 pub(super) struct Settler {
@@ -107,19 +127,15 @@ pub(super) struct Settler {
 }
 
 impl Settler {
-    /// Starts the thread. `files` are the image's host files, in the order of their ids.
+    /// Starts the thread.
     ///
     /// # Errors
     /// No thread or no io_uring could be had.
-    pub(super) fn start(
-        image: Arc<Image>,
-        files: Vec<Arc<HostFile>>,
-        meter: Meter,
-        tell: Tell,
-    ) -> Result<Self, DaemonError> {
+    pub(super) fn start(service: Service, meter: Meter, tell: Tell) -> Result<Self, DaemonError> {
         let (tasks, receiver) = mpsc::channel();
         let (started, starting) = mpsc::channel();
         let work = move || {
+            let files = service.chain.files();
             let storage = Ring::new(RING_ENTRIES)
                 .and_then(|ring| RingStorage::new(ring, files).map_err(RingError::Io));
             let storage = match storage {
@@ -133,7 +149,8 @@ impl Settler {
             let tell = Ending(tell);
             let _ = started.send(Ok(()));
             let mut settling = Settling {
-                worker: image.background_worker(storage),
+                worker: service.chain.image.background_worker(storage),
+                service,
                 tasks: receiver,
                 told: &tell.0,
                 meter,
@@ -199,6 +216,7 @@ struct Owed {
 
 /// The thread's own.
 struct Settling<'a> {
+    service: Service,
     worker: Rc<Worker<RingStorage>>,
     tasks: Receiver<Task>,
     told: &'a Tell,
@@ -398,8 +416,17 @@ impl Settling<'_> {
                 self.carry_out(ticket, order);
             }
         }
+        self.work_off()
+    }
+
+    /// Does all work that there is, without a pause; of an image that has failed, none.
+    fn work_off(&mut self) -> Result<(), Error> {
         self.new_work(Next::Sleep);
         loop {
+            if self.worker.image().has_failed() {
+                // That was told when it happened.
+                return Ok(());
+            }
             self.announce();
             match drive(&self.worker, self.worker.background_step()) {
                 Ok(Step::Idle) => return Ok(()),
@@ -438,28 +465,96 @@ impl Settling<'_> {
 
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
         let result = match &order {
-            Order::Snapshot(actions) => match self.snapshot(actions) {
-                Ok(created) => {
-                    let unsettled = created.iter().filter(|created| !created.durable);
-                    let works: Vec<_> = unsettled.map(|created| created.work).collect();
-                    if !works.is_empty() {
-                        self.owed.push(Owed {
-                            ticket,
-                            order,
-                            works,
-                        });
-                        return;
-                    }
-                    Ok(Answer::Created)
+            Order::Snapshot(actions) => match &actions[..] {
+                [SnapshotAction::External(overlay)] => {
+                    self.overlay(overlay).map(|()| Answer::Created)
                 }
-                Err(error) => Err(error),
+                actions => match self.snapshot(actions) {
+                    Ok(created) => {
+                        let unsettled = created.iter().filter(|created| !created.durable);
+                        let works: Vec<_> = unsettled.map(|created| created.work).collect();
+                        if !works.is_empty() {
+                            self.owed.push(Owed {
+                                ticket,
+                                order,
+                                works,
+                            });
+                            return;
+                        }
+                        Ok(Answer::Created)
+                    }
+                    Err(error) => Err(error),
+                },
             },
             Order::DeleteSnapshot(selector) => self.delete(selector).map(Answer::Deleted),
+            Order::RevertSnapshot(selector) => self.revert(selector).map(Answer::Reverted),
         };
         self.tell(News::Answered(
             ticket,
             result.map_err(|error| (order, error)),
         ));
+    }
+
+    /// Takes an external snapshot, and goes over to the new image.
+    fn overlay(&mut self, overlay: &Overlay) -> Result<(), Error> {
+        // Nobody works on a backing file.
+        self.work_off()?;
+        self.drain()?;
+        let Service {
+            chain,
+            config,
+            pauser,
+            watch,
+        } = &self.service;
+        let chain = external::take(chain, config, pauser, overlay, watch)?;
+        self.go_over(chain);
+        Ok(())
+    }
+
+    /// Goes back to an internal snapshot.
+    fn revert(&mut self, selector: &Selector) -> Result<SnapshotInfo, Error> {
+        // Before the part that may take long; what counts is asked again.
+        revert::refuse_in_use(&self.service.pauser.pause())?;
+        self.work_off()?;
+        self.drain()?;
+        let Service {
+            chain,
+            config,
+            pauser,
+            watch,
+        } = &self.service;
+        let reverted = revert::take(chain, config, pauser, selector, watch)?;
+        self.go_over(reverted.chain);
+        let snapshot = reverted.result?;
+        info!(
+            "the disk is what it was in snapshot '{}' (id {})",
+            snapshot.name, snapshot.id
+        );
+        Ok(snapshot)
+    }
+
+    /// Waits for what a future that was dropped has left behind: it names files of the old chain.
+    fn drain(&self) -> Result<(), Error> {
+        let ring = self.worker.storage().ring();
+        while ring.io_in_flight() > 0 {
+            ring.submit_and_wait(1, Some(POLL_INTERVAL))
+                .map_err(|source| Error::io("cannot wait for host I/O", source))?;
+            ring.reap(|_, _| {});
+        }
+        Ok(())
+    }
+
+    /// Works on another image from now on. The ring is drained.
+    fn go_over(&mut self, chain: Chain) {
+        let chain = Arc::new(chain);
+        let ring = self.worker.storage().ring().clone();
+        let storage = RingStorage::replace(ring, chain.files());
+        self.worker = chain.image.background_worker(storage);
+        self.service.chain = Arc::clone(&chain);
+        self.speeds.clear();
+        self.queued_last = 0;
+        self.running = None;
+        self.tell(News::Serving(chain));
     }
 
     fn snapshot(&self, actions: &[SnapshotAction]) -> Result<Vec<Created>, Error> {
@@ -468,7 +563,11 @@ impl Settling<'_> {
             .unwrap_or_default();
         let new: Vec<_> = actions
             .iter()
-            .map(|SnapshotAction::Internal { name }| NewSnapshot {
+            .filter_map(|action| match action {
+                SnapshotAction::Internal { name } => Some(name),
+                SnapshotAction::External(_) => None,
+            })
+            .map(|name| NewSnapshot {
                 name: name.clone(),
                 // The format's own limit: seconds end in the year 2106.
                 date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),

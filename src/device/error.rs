@@ -47,6 +47,9 @@ pub enum DeviceError {
         /// The allowed values in words.
         allowed: &'static str,
     },
+    /// Another image cannot take the place of the one that is served.
+    #[error("the new image differs from the old one in size or in whether it can be written")]
+    ImageMismatch,
     /// The framework refused to start for a connection.
     #[error("vhost-user: {0}")]
     Framework(String),

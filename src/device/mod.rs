@@ -26,7 +26,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ use self::config_space::{ConfigSpace, Geometry};
 use self::front_door::PrivateListener;
 use self::request::{SECTOR_SIZE, SERIAL_SIZE};
 use self::worker::{WorkerHandle, WorkerParts};
-use crate::engine::Image;
+use crate::engine::{CacheStats, Image};
 use crate::storage::HostFile;
 
 pub use self::error::DeviceError;
@@ -49,6 +49,8 @@ pub use self::stats::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, WorkerS
 pub const QUEUES_MAX: u16 = 64;
 /// The largest ring (VIRTIO: 32768).
 pub const QUEUE_SIZE_MAX: u16 = 32768;
+/// Host files of an image: their ids are 16 bits wide.
+const FILES_MAX: usize = 1 << 16;
 /// The longest serial that GET_ID can return.
 pub const SERIAL_MAX: usize = SERIAL_SIZE;
 
@@ -133,6 +135,74 @@ pub struct Server {
     serving: Option<JoinHandle<()>>,
     stop: Arc<EventFd>,
     finished: Arc<EventFd>,
+    /// Held by who has stopped the workers.
+    pausing: Arc<Mutex<()>>,
+}
+
+/// Stops a running device between two requests, for instance to give it another image. For any
+/// thread that may wait.
+#[derive(Clone)]
+pub struct Pauser {
+    workers: Arc<[WorkerHandle]>,
+    pausing: Arc<Mutex<()>>,
+}
+
+/// A device on which nothing is in flight, and nothing is begun until this value is dropped. Front-ends
+/// may still come and go, stop and start their rings, and change their memory.
+pub struct Paused<'a> {
+    workers: &'a [WorkerHandle],
+    rings_running: usize,
+    _alone: MutexGuard<'a, ()>,
+}
+
+impl Pauser {
+    /// Returns when every request that was begun is complete, and visible to the driver as such.
+    /// This is one instant for all queues: what completed before it was begun before it on whatever
+    /// queue, and what is submitted after a completion that was seen before it comes after it.
+    #[must_use]
+    pub fn pause(&self) -> Paused<'_> {
+        // The guard has no state that a panic could leave half-changed.
+        let alone = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
+        let rings_running = worker::pause(&self.workers);
+        Paused {
+            workers: &self.workers,
+            rings_running,
+            _alone: alone,
+        }
+    }
+}
+
+impl Paused<'_> {
+    /// Rings that were in service when the device was paused.
+    #[must_use]
+    pub fn rings_running(&self) -> usize {
+        self.rings_running
+    }
+
+    /// Gives the device another image of the same size. `files` are its host files, in the order of
+    /// their ids. Nobody uses the old image any more when this returns.
+    ///
+    /// # Errors
+    /// `ImageMismatch`: the guest would notice the change. Nothing has happened then.
+    pub fn set_image(
+        &self,
+        old: &Image,
+        image: &Arc<Image>,
+        files: &[Arc<HostFile>],
+    ) -> Result<(), DeviceError> {
+        let face = |image: &Image| (image.virtual_size(), image.is_read_only());
+        if face(old) != face(image) || files.len() > FILES_MAX {
+            return Err(DeviceError::ImageMismatch);
+        }
+        worker::set_image(self.workers, image, files);
+        Ok(())
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        worker::resume(self.workers);
+    }
 }
 
 impl Server {
@@ -164,6 +234,7 @@ impl Server {
             workers: Arc::new([]),
             threads: Vec::new(),
             serving: None,
+            pausing: Arc::default(),
             stop: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
             finished: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
             config,
@@ -246,6 +317,21 @@ impl Server {
             .iter()
             .map(|worker| worker.stats().snapshot())
             .collect()
+    }
+
+    /// Metadata-cache counters of each worker, over all images that it has served.
+    #[must_use]
+    pub fn cache_stats(&self) -> Vec<CacheStats> {
+        self.workers.iter().map(WorkerHandle::cache_stats).collect()
+    }
+
+    /// What stops the device for a moment, from any thread.
+    #[must_use]
+    pub fn pauser(&self) -> Pauser {
+        Pauser {
+            workers: Arc::clone(&self.workers),
+            pausing: Arc::clone(&self.pausing),
+        }
     }
 
     /// A way to read the counters of each worker from any thread, also after the server has ended.

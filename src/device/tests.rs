@@ -41,7 +41,9 @@ const PATIENCE_MS: i32 = 20_000;
 /// A raw disk whose sector n is filled with the byte n, and its device.
 struct Device {
     server: Server,
-    _folder: tempfile::TempDir,
+    image: Arc<Image>,
+    files: Vec<Arc<HostFile>>,
+    folder: tempfile::TempDir,
 }
 
 impl Device {
@@ -64,8 +66,10 @@ impl Device {
         let storage = BlockingStorage::new(files.clone());
         let image = block_on(Image::open(&storage, &[layer], &OpenOptions::default())).unwrap();
         Self {
-            server: Server::start(image, files, config).unwrap(),
-            _folder: folder,
+            server: Server::start(Arc::clone(&image), files.clone(), config).unwrap(),
+            image,
+            files,
+            folder,
         }
     }
 
@@ -529,4 +533,110 @@ fn options_out_of_range_are_refused_by_name() {
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
     }
+}
+
+/// Another image of one byte value, with its files.
+fn other_image(folder: &std::path::Path, len: u64, byte: u8) -> (Arc<Image>, Vec<Arc<HostFile>>) {
+    let path = folder.join("other.raw");
+    std::fs::write(&path, vec![byte; usize::try_from(len).unwrap()]).unwrap();
+    let mode = OpenMode {
+        write: true,
+        direct: false,
+    };
+    let files = vec![Arc::new(HostFile::open(&path, mode).unwrap())];
+    let layer = LayerSpec {
+        file: FileId(0),
+        format: LayerFormat::Raw,
+    };
+    let storage = BlockingStorage::new(files.clone());
+    let image = block_on(Image::open(&storage, &[layer], &OpenOptions::default())).unwrap();
+    (image, files)
+}
+
+#[test]
+fn a_paused_device_takes_nothing_and_goes_on_with_the_image_that_it_was_given() {
+    let (device, mut driver) = Device::connected();
+    driver.start();
+    assert_eq!(driver.read_sector(7), (0, 7));
+    let (image, files) = other_image(device.folder.path(), DISK_LEN, 0x77);
+    let pauser = device.server.pauser();
+    let paused = pauser.pause();
+    assert_eq!(paused.rings_running(), 1);
+    driver.request(0, 9, 512, WRITE);
+    driver.submit(1);
+    let (small, small_files) = other_image(tempfile::tempdir().unwrap().path(), 512, 0);
+    let refused = paused.set_image(&device.image, &small, &small_files);
+    assert!(matches!(refused, Err(DeviceError::ImageMismatch)));
+    paused.set_image(&device.image, &image, &files).unwrap();
+    // All messages of the workers are behind us, and so was the kick.
+    assert_eq!(driver.used_index(), 1);
+    drop(paused);
+    assert_eq!((driver.wait(), driver.get(DATA)), (0, 0x77_u8));
+    drop(pauser.pause());
+    assert_eq!(driver.read_sector(3), (0, 0x77));
+}
+
+#[test]
+fn rings_stop_and_start_and_memory_changes_while_the_device_is_paused() {
+    let (device, mut driver) = Device::connected();
+    driver.start();
+    assert_eq!(driver.read_sector(7), (0, 7));
+    let pauser = device.server.pauser();
+    let paused = pauser.pause();
+    driver.request(0, 9, 512, WRITE);
+    driver.submit(1);
+    assert_eq!(driver.frontend.get_vring_base(QUEUE).unwrap(), 1);
+    driver.set_mem_table();
+    driver.start_ring(QUEUE_SIZE, 1);
+    driver.frontend.reset_device().unwrap();
+    let features = driver.frontend.get_features().unwrap();
+    driver.frontend.set_features(features & !(1 << 29)).unwrap();
+    driver.start_ring(QUEUE_SIZE, 1);
+    assert_eq!(driver.used_index(), 1);
+    drop(paused);
+    assert_eq!((driver.wait(), driver.get(DATA)), (0, 9_u8));
+}
+
+#[test]
+fn a_paused_device_lets_its_front_end_go_and_ends_when_it_is_told() {
+    let (device, mut driver) = Device::connected();
+    driver.start();
+    assert_eq!(driver.read_sector(7), (0, 7));
+    let pauser = device.server.pauser();
+    let paused = pauser.pause();
+    drop(driver);
+    wait_readable(device.server.finished());
+    device.server.join().unwrap();
+    // The workers are gone, and nobody waits for them.
+    let (image, files) = other_image(device.folder.path(), DISK_LEN, 0x77);
+    paused.set_image(&device.image, &image, &files).unwrap();
+    drop(paused);
+    assert_eq!(pauser.pause().rings_running(), 0);
+}
+
+#[test]
+fn images_are_changed_under_load_and_each_read_is_of_one_of_them() {
+    let (device, mut driver) = Device::connected();
+    driver.start();
+    let (image, files) = other_image(device.folder.path(), DISK_LEN, 0x77);
+    let pauser = device.server.pauser();
+    let own = (Arc::clone(&device.image), device.files.clone());
+    std::thread::scope(|scope| {
+        let changing = scope.spawn(move || {
+            for round in 0..200 {
+                let (image, files) = if round % 2 == 0 {
+                    (&image, &files)
+                } else {
+                    (&own.0, &own.1)
+                };
+                pauser.pause().set_image(&own.0, image, files).unwrap();
+            }
+        });
+        while !changing.is_finished() {
+            let (status, byte) = driver.read_sector(9);
+            assert_eq!(status, 0);
+            assert!([9, 0x77].contains(&byte), "{byte}");
+        }
+    });
+    assert_eq!(driver.read_sector(9), (0, 9));
 }

@@ -22,9 +22,9 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
@@ -43,7 +43,7 @@ use super::request::{
 };
 use super::stats::{OperationKind, Outcome, WorkerStats};
 use super::vring::RingSetup;
-use crate::engine::{self, Extent, ExtentList, Fast, Image, PinGuard};
+use crate::engine::{self, CacheCounters, CacheStats, Extent, ExtentList, Fast, Image, PinGuard};
 use crate::storage::ring::Full;
 use crate::storage::{Direction, HostFile, Ring, RingStorage};
 use crate::units::GuestOffset;
@@ -148,6 +148,11 @@ enum Message {
     SetCall(usize, Option<Arc<File>>),
     /// Answered when nothing uses the old memory any more.
     SetMemory(Option<Arc<SharedMemory>>, SyncSender<()>),
+    /// Take no more requests. Answered with the number of running rings, when nothing is in flight.
+    Pause(SyncSender<usize>),
+    /// Only while paused: go over to another image. Answered when the old one is not used any more.
+    SetImage(Arc<Image>, Vec<Arc<HostFile>>, SyncSender<()>),
+    Resume,
     Exit,
 }
 
@@ -155,6 +160,8 @@ struct Shared {
     messages: SegQueue<Message>,
     doorbell: Arc<Doorbell>,
     stats: CachePadded<WorkerStats>,
+    /// Cache counters of the engine's workers that this one has had, the present one last.
+    cache_counters: Mutex<Vec<Arc<CacheCounters>>>,
     /// The thread has ended; nobody will answer.
     gone: AtomicBool,
 }
@@ -218,22 +225,71 @@ impl WorkerHandle {
     pub(super) fn stats(&self) -> &WorkerStats {
         &self.shared.stats
     }
+
+    /// Cache counters, over all images that were served.
+    pub(super) fn cache_stats(&self) -> CacheStats {
+        let mut sum = CacheStats::default();
+        for stats in self.shared.lock_counters().iter().map(|one| one.stats()) {
+            sum.hits += stats.hits;
+            sum.misses += stats.misses;
+            sum.put_table_hits += stats.put_table_hits;
+        }
+        sum
+    }
+}
+
+impl Shared {
+    fn lock_counters(&self) -> MutexGuard<'_, Vec<Arc<CacheCounters>>> {
+        // Only whole values are stored under this lock.
+        self.cache_counters
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Gives all workers another generation of guest memory; returns when none uses the old one.
 pub(super) fn set_memory(workers: &[WorkerHandle], memory: Option<&Arc<SharedMemory>>) {
+    ask_all(workers, |reply| Message::SetMemory(memory.cloned(), reply));
+}
+
+/// Stops all workers between two requests; returns how many rings run, when nothing is in flight
+/// on any of them. They still start and stop rings, and go over to other guest memory.
+pub(super) fn pause(workers: &[WorkerHandle]) -> usize {
+    ask_all(workers, Message::Pause).into_iter().flatten().sum()
+}
+
+/// Lets workers go on that are paused.
+pub(super) fn resume(workers: &[WorkerHandle]) {
+    for worker in workers {
+        worker.send(Message::Resume);
+    }
+}
+
+/// Gives all workers, which are paused, another image; returns when none uses the old one.
+pub(super) fn set_image(workers: &[WorkerHandle], image: &Arc<Image>, files: &[Arc<HostFile>]) {
+    let message = |reply| Message::SetImage(Arc::clone(image), files.to_vec(), reply);
+    ask_all(workers, message);
+}
+
+/// Sends each worker a message, then waits for all answers. `None`: the worker has ended, and its
+/// ring was drained with it.
+fn ask_all<T>(
+    workers: &[WorkerHandle],
+    message: impl Fn(SyncSender<T>) -> Message,
+) -> Vec<Option<T>> {
     let answers: Vec<_> = workers
         .iter()
         .map(|worker| {
             let (reply, answer) = mpsc::sync_channel(1);
-            worker.send(Message::SetMemory(memory.cloned(), reply));
+            worker.send(message(reply));
             answer
         })
         .collect();
-    for (worker, answer) in workers.iter().zip(answers) {
-        // `None`: the worker has ended, and its ring was drained with it.
-        let _ = worker.wait(&answer);
-    }
+    workers
+        .iter()
+        .zip(answers)
+        .map(|(worker, answer)| worker.wait(&answer))
+        .collect()
 }
 
 /// Starts worker `number`; returns when its ring exists. `on_end` runs when the thread ends.
@@ -247,6 +303,7 @@ pub(super) fn spawn(
         messages: SegQueue::new(),
         doorbell,
         stats: CachePadded::default(),
+        cache_counters: Mutex::default(),
         gone: AtomicBool::new(false),
     });
     let (ready, started) = mpsc::sync_channel(1);
@@ -372,6 +429,10 @@ struct Worker {
     pieces: Vec<iovec>,
     completions: Vec<(u64, i32)>,
     memory_change: Option<(Option<Arc<SharedMemory>>, SyncSender<()>)>,
+    /// No requests are taken.
+    paused: bool,
+    /// Who waits for requests in flight to end after a pause.
+    pausing: Option<SyncSender<usize>>,
     doorbell_armed: bool,
     exiting: bool,
     /// Value of the log epoch that `log_on` was found at.
@@ -389,7 +450,7 @@ impl Worker {
     fn new(ring: Ring, parts: WorkerParts, shared: Arc<Shared>) -> io::Result<Self> {
         let storage = RingStorage::new(ring.clone(), parts.files.clone())?;
         let now = Instant::now();
-        Ok(Self {
+        let worker = Self {
             engine: parts.image.worker(storage),
             executor: Executor::new(Arc::clone(&shared.doorbell)),
             limits: Limits {
@@ -407,6 +468,8 @@ impl Worker {
             pieces: Vec::new(),
             completions: Vec::new(),
             memory_change: None,
+            paused: false,
+            pausing: None,
             doorbell_armed: false,
             exiting: false,
             log_epoch: log_epoch(),
@@ -417,7 +480,9 @@ impl Worker {
             parts,
             ring,
             shared,
-        })
+        };
+        worker.count_lookups();
+        Ok(worker)
     }
 
     fn run(mut self) {
@@ -466,10 +531,43 @@ impl Worker {
                     // One control thread sends these and waits for each.
                     self.memory_change = Some((memory, reply));
                 }
+                Message::Pause(reply) => {
+                    self.paused = true;
+                    self.pausing = Some(reply);
+                }
+                Message::SetImage(image, files, reply) => {
+                    self.set_image(image, files);
+                    let _ = reply.send(());
+                }
+                Message::Resume => self.paused = false,
                 Message::Exit => self.exiting = true,
             }
         }
         any
+    }
+
+    /// Goes over to another image. The worker is paused and nothing is in flight.
+    fn set_image(&mut self, image: Arc<Image>, files: Vec<Arc<HostFile>>) {
+        assert!(
+            self.paused && self.is_idle(),
+            "the image is changed under requests"
+        );
+        let storage = RingStorage::replace(self.ring.clone(), files.clone());
+        self.engine = image.worker(storage);
+        self.parts.image = image;
+        self.parts.files = files;
+        self.count_lookups();
+    }
+
+    /// Adds the lookups of the present image to those that are shown.
+    fn count_lookups(&self) {
+        let counters = self.engine.cache_counters();
+        self.shared.lock_counters().push(counters);
+    }
+
+    /// No request has a slot.
+    fn is_idle(&self) -> bool {
+        self.free.len() == self.slots.len()
     }
 
     fn position(&self, queue_index: usize) -> usize {
@@ -557,7 +655,15 @@ impl Worker {
                 }
             }
         }
-        let idle = self.free.len() == self.slots.len();
+        let idle = self.is_idle();
+        // An operation may outlive its request, if that has failed.
+        if self.pausing.is_some()
+            && idle
+            && self.ring.io_in_flight() == 0
+            && let Some(reply) = self.pausing.take()
+        {
+            let _ = reply.send(self.places.iter().flatten().count());
+        }
         if idle && let Some((memory, reply)) = self.memory_change.take() {
             self.memory = memory.map(|memory| Rc::new(GuestMemory::new(memory)));
             for place in self.places.iter_mut().flatten() {
@@ -576,7 +682,7 @@ impl Worker {
     // ---- taking requests ----
 
     fn may_take(&self) -> bool {
-        !self.free.is_empty() && self.memory_change.is_none() && !self.exiting
+        !self.free.is_empty() && self.memory_change.is_none() && !self.paused && !self.exiting
     }
 
     fn take_all(&mut self) -> bool {

@@ -283,6 +283,29 @@ fn open(path: &Path, mode: OpenMode) -> std::io::Result<Arc<HostFile>> {
     HostFile::open(path, mode).map(Arc::new)
 }
 
+/// How an overlay in the (real) folder `overlay_folder` names the image at `image` as its backing
+/// file: by its bare name if that is in the same folder, so that the folder can be moved; else by
+/// its whole path. Symbolic links stay: the image's own backing file is found from where its name
+/// stands.
+///
+/// # Errors
+/// The image's folder cannot be looked at.
+pub fn backing_name(image: &Path, overlay_folder: &Path) -> Result<Vec<u8>, Error> {
+    let folder = given_folder(image)?;
+    let name = image.file_name().unwrap_or_default();
+    let mut bytes = Vec::new();
+    if folder == overlay_folder {
+        // "a:b" would be read as a protocol.
+        if protocol(name.as_bytes()).is_some() {
+            bytes.extend(b"./");
+        }
+        bytes.extend(name.as_bytes());
+    } else {
+        bytes.extend(folder.join(name).as_os_str().as_bytes());
+    }
+    Ok(bytes)
+}
+
 /// Tells the caller of a file and reads its header.
 fn layer(
     file: Arc<HostFile>,
@@ -327,7 +350,10 @@ fn granted_folders(backing_dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// The real folder of a path that the user gave, its last part not followed.
-fn given_folder(path: &Path) -> Result<PathBuf, Error> {
+///
+/// # Errors
+/// The folder does not exist, or cannot be looked at.
+pub fn given_folder(path: &Path) -> Result<PathBuf, Error> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -351,7 +377,10 @@ fn real_path(path: &Path, file: &HostFile) -> Result<PathBuf, Error> {
 }
 
 /// Where an open descriptor really is: unlike resolving the name, this cannot be raced.
-fn fd_path(file: &fs::File, path: &Path) -> Result<PathBuf, Error> {
+///
+/// # Errors
+/// The host does not tell.
+pub fn fd_path(file: &fs::File, path: &Path) -> Result<PathBuf, Error> {
     fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| {
         Error::io(
             format!("cannot find out where {} really is", path.display()),
@@ -563,6 +592,26 @@ mod tests {
         assert_eq!(protocol(b"./a:b"), None);
         assert_eq!(protocol(b"ab"), None);
         assert_eq!(protocol(b":x"), Some(&b""[..]));
+    }
+
+    #[test]
+    fn an_overlay_names_its_image_so_that_it_is_found() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for name in ["base", "a:b", "with space"] {
+            let base = dir.path().join(name);
+            fs::write(&base, [1; 4096]).unwrap();
+            for folder in [dir.path(), other.path()] {
+                let folder = folder.canonicalize().unwrap();
+                let overlay = folder.join("overlay");
+                let stored = backing_name(&base, &folder).unwrap();
+                assert_eq!(
+                    stored[0] == b'/',
+                    folder != dir.path().canonicalize().unwrap()
+                );
+                make(&overlay, Some((&stored, LayerFormat::Raw)));
+                assert_eq!(chain(&overlay, &[dir.path()]).unwrap().len(), 2, "{name}");
+            }
+        }
     }
 
     #[test]

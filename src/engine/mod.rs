@@ -132,7 +132,6 @@ pub struct Image {
     discard: bool,
     /// `cache=unsafe`: nothing is ever made durable on purpose.
     no_flush: bool,
-    counters: Mutex<Vec<Arc<CacheCounters>>>,
     /// What the snapshot table says, where nobody can change it.
     read_only_snapshots: Vec<SnapshotInfo>,
     event_sink: Mutex<Option<EventSink>>,
@@ -184,15 +183,6 @@ impl Image {
         }
     }
 
-    /// Cache counters of every worker there has been, in the order of their creation.
-    #[must_use]
-    pub fn cache_stats(&self) -> Vec<CacheStats> {
-        lock(&self.counters)
-            .iter()
-            .map(|counters| counters.stats())
-            .collect()
-    }
-
     /// Whom to tell about failures. The sink is called on the thread that met the failure.
     pub fn set_event_sink(&self, sink: impl Fn(ImageEvent) + Send + Sync + 'static) {
         *lock(&self.event_sink) = Some(Box::new(sink));
@@ -203,14 +193,14 @@ impl Image {
         Worker::new(Arc::clone(self), storage)
     }
 
-    /// Access for a thread that does background work: a small directory, and nothing of it in
-    /// [`Self::cache_stats`].
-    pub fn background_worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
-        Worker::with_directory(Arc::clone(self), storage, BACKGROUND_SLOTS, Arc::default())
+    /// Takes no more writes from now on: the file may not be what this image knows of it.
+    pub fn abandon(&self, message: String) {
+        self.fail(ImageEvent::Failed { message });
     }
 
-    fn add_counters(&self, counters: &Arc<CacheCounters>) {
-        lock(&self.counters).push(Arc::clone(counters));
+    /// Access for a thread that does background work: a small directory.
+    pub fn background_worker<S: Storage>(self: &Arc<Self>, storage: S) -> Rc<Worker<S>> {
+        Worker::with_directory(Arc::clone(self), storage, BACKGROUND_SLOTS, Arc::default())
     }
 
     #[inline]

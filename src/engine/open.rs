@@ -244,7 +244,6 @@ impl Image {
             gate: FlushGate::default(),
             discard: options.discard,
             no_flush: options.no_flush,
-            counters: Mutex::default(),
             read_only_snapshots,
             event_sink: Mutex::default(),
         }))

@@ -60,7 +60,6 @@ enum Step {
 impl<S: Storage> Worker<S> {
     pub(super) fn new(image: Arc<Image>, storage: S) -> Rc<Self> {
         let counters = Arc::new(CacheCounters::default());
-        image.add_counters(&counters);
         let slots = image.directory_slots;
         Self::with_directory(image, storage, slots, counters)
     }
@@ -93,6 +92,12 @@ impl<S: Storage> Worker<S> {
     #[must_use]
     pub fn storage(&self) -> &S {
         &self.storage
+    }
+
+    /// What counts this worker's lookups.
+    #[must_use]
+    pub fn cache_counters(&self) -> Arc<CacheCounters> {
+        Arc::clone(self.directory.borrow().counters())
     }
 
     /// Pins the present for a batch of requests. Call it *after* the avail index was read; the

@@ -128,6 +128,18 @@ impl ImageLock {
         }
     }
 
+    /// A writer becomes a reader: others may read the image as a backing file, still nobody may
+    /// write to it. Nobody else can take the lock meanwhile.
+    pub fn become_reader(&self) {
+        if let Some(file) = &self.file {
+            for access in [WRITE, RESIZE] {
+                let byte = (USED_BASE + access, 1);
+                // Giving a byte back cannot conflict; a lock that stays keeps others off, no more.
+                let _ = lock_call(file.fd(), libc::F_OFD_SETLK, libc::F_UNLCK, byte);
+            }
+        }
+    }
+
     /// True if the host's lock is held; false with locking off, or where the host has none.
     #[must_use]
     pub fn is_held(&self) -> bool {
@@ -376,6 +388,21 @@ mod tests {
             LockError::KeptFromWriting
         ));
         drop(readers);
+        take(&path, LockKind::Writer).unwrap();
+    }
+
+    #[test]
+    fn a_writer_that_becomes_a_reader_lets_readers_in_and_no_writer() {
+        let (_dir, path) = image();
+        let lock = take(&path, LockKind::Writer).unwrap();
+        lock.become_reader();
+        let reader = take(&path, LockKind::Reader).unwrap();
+        drop(reader);
+        assert!(matches!(
+            take(&path, LockKind::Writer).unwrap_err(),
+            LockError::KeptFromWriting
+        ));
+        drop(lock);
         take(&path, LockKind::Writer).unwrap();
     }
 

@@ -419,6 +419,16 @@ impl Ring {
         core.in_flight[Sort::Fast as usize] + core.in_flight[Sort::Slow as usize]
     }
 
+    /// Forgets the files of the table. Nothing is queued or in flight.
+    fn forget_files(&self) {
+        let mut core = self.inner.core.borrow_mut();
+        let fixed = core.files.iter().filter(|entry| entry.fixed.is_some());
+        let none = vec![-1; fixed.count() * 2];
+        // A place that stays in use keeps its file open until another takes it; nothing names it.
+        let _ = core.uring.submitter().register_files_update(0, &none);
+        core.files.clear();
+    }
+
     /// Adds a host file to the ring's table.
     fn add_file(&self, file: Arc<HostFile>) -> io::Result<FileId> {
         let mut core = self.inner.core.borrow_mut();
@@ -859,6 +869,22 @@ impl RingStorage {
             ring.add_file(file)?;
         }
         Ok(HostStorage::over(RingIo { ring }))
+    }
+
+    /// Storage over other files on a ring that has served: the files of the storage before are
+    /// forgotten, and it must not be used any more.
+    ///
+    /// # Panics
+    /// If an operation is queued or in flight, since it may name a file by its place in the table;
+    /// or if there are more files than ids.
+    #[must_use]
+    pub fn replace(ring: Ring, files: Vec<Arc<HostFile>>) -> RingStorage {
+        assert_eq!(ring.io_in_flight(), 0, "files are replaced under I/O");
+        ring.forget_files();
+        for file in files {
+            assert!(ring.add_file(file).is_ok(), "more files than ids");
+        }
+        HostStorage::over(RingIo { ring })
     }
 
     /// Adds a file to the table.

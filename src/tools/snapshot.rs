@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use indicatif::ProgressBar;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::info::{clock, date};
@@ -172,11 +174,13 @@ fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<S
             client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
             wait.then(|| ("delete-", snapshot.name.clone()))
         }
-        SnapshotAction::Revert { .. } => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a disk that is served cannot be reverted: stop the server, and use --blk-file",
-            ));
+        SnapshotAction::Revert { which } => {
+            let snapshot = select(&device.snapshots, which)?;
+            let arguments = json!({
+                "device": device.name, "id": snapshot.id, "name": snapshot.name
+            });
+            client.execute("x-qblkd-snapshot-revert", &arguments)?;
+            None
         }
     };
     if let Some((kind, name)) = job {
@@ -268,6 +272,19 @@ impl Client {
         })
     }
 
+    /// Waits until the server tells something, but not long: progress is not told.
+    fn wait(&self) -> Result<(), Error> {
+        let limit = Timespec::try_from(POLL_INTERVAL).unwrap_or_default();
+        let mut polled = [PollFd::new(&self.stream, PollFlags::IN)];
+        match rustix::event::poll(&mut polled, Some(&limit)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => {
+                let text = "cannot wait for the control socket";
+                Err(Error::io(text, errno.into()))
+            }
+        }
+    }
+
     /// Waits for the jobs of this kind about the snapshot of this name, the ones before them
     /// included.
     fn follow(&mut self, kind: &str, name: &str, bar: &ProgressBar) -> Result<(), Error> {
@@ -295,7 +312,7 @@ impl Client {
             });
             bar.set_length(job["total-progress"].as_u64().unwrap_or(0));
             bar.set_position(job["current-progress"].as_u64().unwrap_or(0));
-            std::thread::sleep(POLL_INTERVAL);
+            self.wait()?;
         }
     }
 }

@@ -117,10 +117,12 @@ fn sh_blocks_name_options_and_scripts_that_exist() {
 /// Each `--option` among the arguments is in the help of the subcommand that they begin with.
 fn check_options(arguments: &[&str]) -> Result<(), Failure> {
     let first = arguments.first().copied().unwrap_or("");
-    let tool = ["create", "info", "check"]
-        .into_iter()
-        .find(|tool| *tool == first);
-    let help = run(QBLKD, tool.into_iter().chain(["--help"]))?
+    let tool = match first {
+        "create" | "info" | "check" => &arguments[..1],
+        "snapshot" => &arguments[..arguments.len().min(2)],
+        _ => &[],
+    };
+    let help = run(QBLKD, tool.iter().copied().chain(["--help"]))?
         .success()?
         .stdout;
     for word in arguments.iter().filter(|word| word.starts_with("--")) {

@@ -23,11 +23,15 @@ mod crash;
 #[cfg(test)]
 mod docs;
 #[cfg(test)]
+mod external;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod referee;
 #[cfg(test)]
 mod resources;
+#[cfg(test)]
+mod snapshot;
 #[cfg(test)]
 mod support;
 #[cfg(test)]

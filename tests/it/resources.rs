@@ -9,6 +9,7 @@ use crate::support::qemu::{self, CHECK_CLEAN};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
 use crate::support::{Failure, QBLKD, ensure, have_tools, skip};
+use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -229,6 +230,45 @@ fn a_flush_on_a_full_host_keeps_what_it_covers() -> Result<(), Failure> {
     ensure(status == OK, || format!("flush: status {status}"))?;
     expect_clusters(&mut driver, full)?;
     drop(driver);
+    let (_dir, copy) = host.finish()?;
+    qemu::expect_check(&copy, &[CHECK_CLEAN])
+}
+
+#[test]
+fn an_external_snapshot_on_a_full_host_is_refused_and_leaves_nothing() -> Result<(), Failure> {
+    let test = "an_external_snapshot_on_a_full_host_is_refused_and_leaves_nothing";
+    if !have_tools(test, &["qemu-img", "unshare", "mount"]) {
+        return Ok(());
+    }
+    let Some(host) = SmallHost::new(test, "4m")? else {
+        return Ok(());
+    };
+    let ballast = host.folder.join("ballast");
+    // It ends with the space.
+    ensure(fs::write(&ballast, vec![1; 8 << 20]).is_err(), || {
+        "there is too much space".into()
+    })?;
+    let overlay = host.folder.join("overlay.qcow2");
+    let mut client = Qmp::connect(&host.control)?;
+    let mut take = || -> Result<Value, Failure> {
+        // As the server sees it.
+        let file = host.dir.path().join("small/overlay.qcow2");
+        let arguments = json!({ "device": "disk0", "snapshot-file": file });
+        let command = json!({ "execute": "blockdev-snapshot-sync", "arguments": arguments });
+        client.send(format!("{command}\n").as_bytes())?;
+        client.answer()
+    };
+    let refused = take()?;
+    let said = refused["error"]["desc"].as_str().unwrap_or_default();
+    ensure(said.contains("No space"), || refused.to_string())?;
+    ensure(!overlay.exists(), || "the overlay was left behind".into())?;
+    fs::remove_file(&ballast)?;
+    let taken = take()?;
+    ensure(taken["return"].is_object(), || taken.to_string())?;
+    let mut driver = Driver::connect(&host.server.socket)?;
+    ensure(write_cluster(&mut driver, 0)? == OK, || "no write".into())?;
+    drop(driver);
+    ensure(overlay.exists(), || "there is no overlay".into())?;
     let (_dir, copy) = host.finish()?;
     qemu::expect_check(&copy, &[CHECK_CLEAN])
 }

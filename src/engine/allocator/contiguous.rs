@@ -1,12 +1,13 @@
 //! Contiguous runs, for tables that must lie in one piece: the L1 table of a snapshot, the snapshot
 //! table.
 //!
-//! Where no free run is long enough the file grows by one, with the refcount blocks for it behind
+//! Where no free run is known that is long enough the file grows by one (a device, which cannot grow,
+//! is searched to its end first, and then for what was freed lately), with the refcount blocks for it behind
 //! it (ordinary growth puts a block at the start of the part that it counts, which would cut runs
 //! of small clusters).
 
 use super::grow::NewBlock;
-use super::{Allocator, GrowthEnd, Run};
+use super::{Allocator, GrowthEnd, Need, Run};
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::storage::Storage;
 
@@ -21,9 +22,9 @@ impl Allocator {
         count: u64,
     ) -> Result<Run, Error> {
         let entries = self.geometry.refcount_block_entries();
+        let mut reclaimed = false;
         loop {
-            let mut unknown = None;
-            let listener = {
+            let need = {
                 let mut state = lock(&self.state);
                 if let Some(start) = state.free.take_contiguous(count, entries) {
                     return Ok(Run {
@@ -32,32 +33,35 @@ impl Allocator {
                         fresh: false,
                     });
                 }
-                if !self.can_grow {
-                    unknown = state.next_scan(entries);
-                }
-                if unknown.is_some() {
-                    None
-                } else if state.growing {
-                    Some(self.grown.listen())
-                } else {
-                    state.growing = true;
-                    None
+                match state.next_scan(entries) {
+                    Some(block) if !self.can_grow => Need::Scan(block),
+                    _ if state.growing => Need::WaitForGrowth(self.grown.listen()),
+                    _ => {
+                        state.growing = true;
+                        Need::Grow
+                    }
                 }
             };
-            if let Some(block) = unknown {
-                // On a device all there is may lie in blocks that nobody has looked at.
-                self.scan(storage, block).await?;
-                continue;
-            }
-            if let Some(listener) = listener {
-                listener.await;
-                continue;
-            }
-            let ending = GrowthEnd { allocator: self };
-            let grown = self.grow_by(storage, count).await;
-            drop(ending);
-            if let Some(run) = grown? {
-                return Ok(run);
+            match need {
+                Need::Scan(block) => self.scan(storage, block).await?,
+                Need::WaitForGrowth(listener) => listener.await,
+                Need::Grow => {
+                    let ending = GrowthEnd { allocator: self };
+                    let grown = self.grow_by(storage, count).await;
+                    drop(ending);
+                    match grown {
+                        Ok(Some(run)) => return Ok(run),
+                        Ok(None) => {}
+                        Err(error) if error.kind() == ErrorKind::NoSpace && !reclaimed => {
+                            reclaimed = true;
+                            let freed = self.reclaim(storage).await;
+                            if !self.reclaim_behind(storage, usize::MAX).await && !freed {
+                                return Err(error);
+                            }
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
             }
         }
     }

@@ -215,6 +215,12 @@ pub struct Directory {
 }
 
 impl Directory {
+    /// What counts its lookups.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<CacheCounters> {
+        &self.counters
+    }
+
     /// A directory of at least `slots` slots (rounded up to a power of two). `siblings` are the
     /// directories over the same store; it learns from them what is evicted.
     #[must_use]

@@ -117,7 +117,7 @@ pub enum BackgroundKind {
 pub struct BackgroundStatus {
     /// What it does.
     pub kind: BackgroundKind,
-    /// Unique among the work of this process, ascending in the order of the work.
+    /// Unique among the work of this open image, ascending in the order of the work.
     pub number: u64,
     /// The snapshot's id; empty for a rebuild.
     pub id: String,

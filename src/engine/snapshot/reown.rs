@@ -173,6 +173,9 @@ impl<S: Storage> Worker<S> {
             self.flush().await?;
             self.forget(reown);
             reown.modified = 0;
+        } else if reown.modified == 0 {
+            // Nothing of it has to stay for a flush.
+            self.forget(reown);
         }
         Ok(Some(done))
     }

@@ -239,6 +239,14 @@ impl Driver {
         self.get(STATUS)
     }
 
+    /// Fills the data area with one byte.
+    pub(crate) fn memory_fill(&self, byte: u8) -> Result<(), Failure> {
+        let length = usize::try_from(MEMORY_BYTES - DATA)?;
+        Ok(self
+            .memory
+            .write_slice(&vec![byte; length], GuestAddress(DATA))?)
+    }
+
     pub(crate) fn used_index(&self) -> Result<u16, Failure> {
         self.get(USED + 2)
     }
