@@ -254,7 +254,7 @@ pub fn first_free(block: &[u8], order: u32, from: usize) -> Option<usize> {
 /// passed over in one step.
 pub fn free_indices(block: &[u8], order: u32, end: usize) -> impl Iterator<Item = usize> {
     // A field of the word is 0 exactly if subtracting 1 from it borrows into its upper bit.
-    let ones = u64::MAX / most(order);
+    let ones = u64::MAX.checked_div(most(order)).unwrap_or(0);
     let uppers = ones << ((1_u32 << order).saturating_sub(1));
     let per_word = 64_usize >> order;
     block

@@ -341,6 +341,6 @@ fn every_rule_of_snapshots_is_missed_when_it_is_broken() {
         });
         drop(broken);
         let told = noticed.unwrap_or_else(|| panic!("nobody notices that {rule:?} is broken"));
-        eprintln!("{rule:?}: {told}");
+        log::info!("{rule:?}: {told}");
     }
 }
