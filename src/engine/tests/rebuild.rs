@@ -369,7 +369,7 @@ fn metadata_that_moves_before_the_rebuild_is_given_back_after_it() {
             }
         },
         snapshot: true,
-        ..Recipe::plain(9, 700 << 10)
+        ..Recipe::plain(9, 2150 << 10)
     };
     for seed in 1..9 {
         let mut rig = Rig::damaged(recipe, seed);
@@ -379,7 +379,7 @@ fn metadata_that_moves_before_the_rebuild_is_given_back_after_it() {
         let writer = client.clone();
         let moved = rig.block_on(async move {
             client.worker.create_snapshots(&[new("a")]).await?;
-            for first in 0..900 {
+            for first in 0..400 {
                 writer.write(first, 1).await?;
             }
             writer.flush().await?;
