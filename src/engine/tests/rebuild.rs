@@ -355,6 +355,51 @@ fn snapshots_come_and_go_during_a_rebuild() {
     }
 }
 
+/// The snapshot table and the refcount table of before move while nobody knows the counts of their
+/// clusters: those are given back later.
+#[test]
+fn metadata_that_moves_before_the_rebuild_is_given_back_after_it() {
+    let recipe = Recipe {
+        refcount_order: 6,
+        fill: |cluster| {
+            if cluster < 470 {
+                Fill::None
+            } else {
+                Fill::Data
+            }
+        },
+        snapshot: true,
+        ..Recipe::plain(9, 2150 << 10)
+    };
+    for seed in 1..9 {
+        let mut rig = Rig::damaged(recipe, seed);
+        let before = Header::decode(&rig.disk.contents(IMAGE)).expect("a header");
+        rig.open(&OpenOptions::default()).expect("opens");
+        let client = rig.worker();
+        let writer = client.clone();
+        let moved = rig.block_on(async move {
+            client.worker.create_snapshots(&[new("a")]).await?;
+            for first in 0..400 {
+                writer.write(first, 1).await?;
+            }
+            writer.flush().await?;
+            writer.flush().await?;
+            let one = Selector {
+                id: None,
+                name: Some("one".to_owned()),
+            };
+            client.worker.delete_snapshot(&one).await
+        });
+        assert!(moved.is_ok(), "{seed}: {moved:?}");
+        let after = Header::decode(&rig.disk.contents(IMAGE)).expect("a header");
+        assert_ne!(before.snapshot_table_offset, after.snapshot_table_offset);
+        assert_ne!(before.refcount_table_offset, after.refcount_table_offset);
+        rig.snapshot = None;
+        rig.judge_settled()
+            .unwrap_or_else(|violation| panic!("{seed}: {violation}"));
+    }
+}
+
 /// The power goes during a rebuild under load, and again during the rebuild after that.
 fn cuts(recipe: Recipe, seed: u64, cuts_max: u32) -> Result<u32, Violation> {
     let mut rig = Rig::damaged(recipe, seed);
