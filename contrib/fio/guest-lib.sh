@@ -43,7 +43,7 @@ drop_caches() {
 }
 
 no_kernel_errors() {
-    ! dmesg | grep -E 'I/O error|critical .* error|EXT4-fs error|XFS.*orrupt|BUG:|Oops|Call Trace|hung_task|blocked for more'
+    ! dmesg | grep -E 'I/O error|critical .* error|EXT4-fs error|XFS.*orrupt|BUG:|Oops|Call Trace|blocked for more'
 }
 
 finish() {

@@ -19,7 +19,7 @@ flushed() {
 # Writes with now and then a flush, in another region, for as long as there is a disk.
 load() {
     fio --name=load --filename="$DISK" --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite \
-        --bs=16k --offset=32m --size=96m --fsync=64 --time_based --runtime=600 \
+        --bs=16k --offset=32m --size=96m --fsync=64 --time_based --runtime=86400 \
         --output-format=terse --output=/dev/null >/dev/null 2>&1
 }
 

@@ -1,7 +1,8 @@
 //! Random verified work on every kind of image, with QEMU as the judge afterwards.
 //!
 //! Two queues read, write, discard, write zeroes and flush; the client knows what every sector must
-//! hold. `QBLKD_CHAOS_SECONDS` sets how long each image is worked on (default 1).
+//! hold. `QBLKD_CHAOS_SECONDS` sets how long each image is worked on (default 1), and
+//! `QBLKD_CHAOS_IMAGES`, names with commas between them, which images of the corpus.
 
 use crate::kit::chaos::{self, Initial};
 use crate::support::command::LIMIT;
@@ -39,6 +40,9 @@ fn good_images_survive_verified_random_work() {
         let mut images = corpus::images(Kind::Good);
         // A disk without sectors has no room for work.
         images.retain(|image| !image.read_only && image.size != Some(0));
+        if let Ok(names) = std::env::var("QBLKD_CHAOS_IMAGES") {
+            images.retain(|image| names.split(',').any(|name| name == image.name));
+        }
         for_each_case(&images, |image| &image.name, work_on);
     }
 }
