@@ -41,6 +41,9 @@ const RING_ENTRIES: u32 = 64;
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// After an error, when to try again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// So many pieces of work may be waiting; a command that adds another waits until there are fewer.
+/// Each holds a copy of the L1 table, and keeps what the guest gives up from being used again.
+const WORK_MAX: usize = 32;
 /// Longer than anybody waits, and safe to add to the present.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
 
@@ -464,6 +467,9 @@ impl Settling<'_> {
     }
 
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
+        while self.worker.image().background().len() >= WORK_MAX
+            && matches!(self.work(), Next::Work { .. })
+        {}
         let result = match &order {
             Order::Snapshot(actions) => match &actions[..] {
                 [SnapshotAction::External(overlay)] => {
