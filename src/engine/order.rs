@@ -431,13 +431,15 @@ impl<S: Storage> Worker<S> {
         let mut new_tables = Vec::new();
         let mut slices = Vec::new();
         let slice_bytes = to_usize(mapping.slice_bytes());
+        // After the bodies were taken, all at once: a copy of a table holds the L1 lock until its
+        // slices are listed and it is named here, and who waits for that lock must get it. A named
+        // table stays named; one that is not stays so until this flush has written its name.
+        let unnamed = lock(&active.l1).unnamed_tables.clone();
         for body in &bodies {
             body.pin();
             let host_offset = body.key().host_offset().get();
             let table = mapping.geometry.cluster_align_down(host_offset);
-            // Looked up before the slice lock is taken (lock order). A named table stays named;
-            // one that is not stays so until this flush has written its name.
-            let is_new = lock(&active.l1).unnamed_tables.contains(&table);
+            let is_new = unnamed.contains(&table);
             let mut state = body.lock();
             state.modified = false;
             let pieces = if is_new { &mut new_tables } else { &mut slices };
