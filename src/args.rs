@@ -264,7 +264,7 @@ pub struct ServeArgs {
     pub snapshot_dir: Vec<PathBuf>,
 
     /// Memory for cached L2 tables; too little is rounded up
-    /// [default: enough for the whole disk, at most 256M]
+    /// [default: twice what the whole disk has, at most 256M]
     #[arg(long, value_name = "SIZE", help_heading = "Image")]
     pub l2_cache_size: Option<String>,
 

@@ -13,13 +13,13 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use log::{error, info, warn};
+use log::{Level, error, info, log, warn};
 
 use super::chain::Chain;
 use super::external;
@@ -52,6 +52,8 @@ const FOREVER: Duration = Duration::from_secs(1 << 32);
 pub(super) enum Task {
     /// Carry this out; the answer is for the ticket.
     Order(Ticket, Order),
+    /// Write metadata back and free clusters: there is much of it.
+    WriteBack,
     /// Limit the work of this number to so many bytes a second; 0 lifts the limit.
     Speed(u64, u64),
     /// Do what is left at full speed, and end.
@@ -125,7 +127,7 @@ pub(super) struct Service {
 /// A settler at work.
 #[derive(Debug)]
 pub(super) struct Settler {
-    tasks: Sender<Task>,
+    tasks: Arc<Sender<Task>>,
     thread: JoinHandle<Result<(), Error>>,
 }
 
@@ -136,6 +138,8 @@ impl Settler {
     /// No thread or no io_uring could be had.
     pub(super) fn start(service: Service, meter: Meter, tell: Tell) -> Result<Self, DaemonError> {
         let (tasks, receiver) = mpsc::channel();
+        let tasks = Arc::new(tasks);
+        let own_tasks = Arc::downgrade(&tasks);
         let (started, starting) = mpsc::channel();
         let work = move || {
             let files = service.chain.files();
@@ -155,6 +159,7 @@ impl Settler {
                 worker: service.chain.image.background_worker(storage),
                 service,
                 tasks: receiver,
+                own_tasks,
                 told: &tell.0,
                 meter,
                 pace: Pace::default(),
@@ -222,6 +227,8 @@ struct Settling<'a> {
     service: Service,
     worker: Rc<Worker<RingStorage>>,
     tasks: Receiver<Task>,
+    /// For tasks that the image gives.
+    own_tasks: Weak<Sender<Task>>,
     told: &'a Tell,
     meter: Meter,
     pace: Pace,
@@ -255,6 +262,7 @@ impl Settling<'_> {
     }
 
     fn run(&mut self) -> Result<(), Error> {
+        self.watch_write_back();
         self.pace.idle((self.meter)());
         let mut next = self.new_work(Next::Sleep);
         let mut since = Instant::now();
@@ -264,6 +272,7 @@ impl Settling<'_> {
                     self.carry_out(ticket, order);
                     next = self.new_work(next);
                 }
+                Ok(Task::WriteBack) => self.write_back(),
                 Ok(Task::Speed(number, speed)) => {
                     self.speeds.insert(number, speed);
                 }
@@ -274,6 +283,26 @@ impl Settling<'_> {
                     since = Instant::now();
                 }
             }
+        }
+    }
+
+    /// Has the image say when its metadata wants to be written.
+    fn watch_write_back(&self) {
+        let tasks = Weak::clone(&self.own_tasks);
+        self.worker.image().set_write_back_sink(move || {
+            // Whoever does not listen any more is on the way out, and writes everything.
+            if let Some(tasks) = tasks.upgrade() {
+                let _ = tasks.send(Task::WriteBack);
+            }
+        });
+    }
+
+    fn write_back(&self) {
+        if let Err(error) = drive(&self.worker, self.worker.write_back_in_background()) {
+            let failed = self.worker.image().has_failed();
+            // Then it has told itself.
+            let level = if failed { Level::Debug } else { Level::Warn };
+            log!(level, "cannot write metadata back: {}", error.chain());
         }
     }
 
@@ -560,6 +589,7 @@ impl Settling<'_> {
         self.speeds.clear();
         self.queued_last = 0;
         self.running = None;
+        self.watch_write_back();
         self.tell(News::Serving(chain));
     }
 

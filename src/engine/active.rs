@@ -1,8 +1,8 @@
 //! The write side of the active layer: which tables are ours, what is taken, what was dropped.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use super::allocator::Allocator;
 use super::error::lock;
@@ -10,6 +10,7 @@ use super::header_owner::HeaderOwner;
 use super::order::keeps;
 use super::snapshot::Snapshots;
 use super::taken::Taken;
+use crate::engine::sync::Mutex;
 use crate::format::geometry::Geometry;
 use crate::format::l2::{Cluster, compressed_host_clusters};
 

@@ -8,6 +8,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
+use super::sync::{Mutex, MutexGuard};
 use crate::format::FormatError;
 
 /// What a caller may act on.
@@ -141,10 +142,7 @@ impl StdError for Error {
 
 /// Locks a mutex; a panic of another holder does not take this thread down with it.
 ///
-/// Every critical section of the engine leaves its data consistent at each step, so that the
-/// poison flag says nothing that the panic itself did not.
-pub(crate) fn lock<T: ?Sized>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+/// Every critical section of the engine leaves its data consistent at each step.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock()
 }

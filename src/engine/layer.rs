@@ -4,12 +4,13 @@
 //! when it is loaded.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use super::cache::SliceKey;
 use super::error::{Error, ErrorKind, lock};
 use super::protected::Protected;
+use crate::engine::sync::Mutex;
 use crate::format::geometry::Geometry;
 use crate::format::l1::L1Entry;
 use crate::format::l2::{Cluster, L2Entry};

@@ -42,8 +42,8 @@ mod write;
 mod tests;
 
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use self::active::Active;
 use self::cache::store::Store;
@@ -51,6 +51,7 @@ use self::error::lock;
 use self::layer::{Layer, LayerKind};
 use self::order::FlushGate;
 use self::pin::PinBoard;
+use crate::engine::sync::Mutex;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, SECTOR_SIZE};
 
@@ -117,6 +118,7 @@ pub enum ImageEvent {
 const BACKGROUND_SLOTS: usize = 64;
 
 type EventSink = Box<dyn Fn(ImageEvent) + Send + Sync>;
+type WriteBackSink = Box<dyn Fn() + Send + Sync>;
 
 /// An open virtual disk: the active layer and its backing chain.
 pub struct Image {
@@ -135,6 +137,9 @@ pub struct Image {
     /// What the snapshot table says, where nobody can change it.
     read_only_snapshots: Vec<SnapshotInfo>,
     event_sink: Mutex<Option<EventSink>>,
+    write_back_sink: Mutex<Option<WriteBackSink>>,
+    /// The sink was called, and the write-back has not begun.
+    write_back_asked: AtomicBool,
 }
 
 impl std::fmt::Debug for Image {
@@ -186,6 +191,27 @@ impl Image {
     /// Whom to tell about failures. The sink is called on the thread that met the failure.
     pub fn set_event_sink(&self, sink: impl Fn(ImageEvent) + Send + Sync + 'static) {
         *lock(&self.event_sink) = Some(Box::new(sink));
+    }
+
+    /// Whom to tell that much metadata is modified, or that clusters are waiting to be freed: it should
+    /// call [`Worker::write_back_in_background`] soon. Called on a worker's thread, and not again
+    /// before that. Without a sink requests and flushes do all of it themselves.
+    pub fn set_write_back_sink(&self, sink: impl Fn() + Send + Sync + 'static) {
+        *lock(&self.write_back_sink) = Some(Box::new(sink));
+        self.write_back_asked.store(false, Ordering::Release);
+    }
+
+    fn has_write_back_sink(&self) -> bool {
+        lock(&self.write_back_sink).is_some()
+    }
+
+    fn ask_for_write_back(&self) {
+        if !self.write_back_asked.load(Ordering::Relaxed)
+            && !self.write_back_asked.swap(true, Ordering::AcqRel)
+            && let Some(sink) = &*lock(&self.write_back_sink)
+        {
+            sink();
+        }
     }
 
     /// A thread's access to the image. `storage` has the chain's files in the order of its layers.

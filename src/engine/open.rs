@@ -9,8 +9,8 @@
 //! entries are judged when they are used.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::active::{Active, Drops, L1State};
 use super::allocator::{Allocator, AllocatorParts};
@@ -25,6 +25,7 @@ use super::protected::Protected;
 use super::snapshot::{Rebuild, Selector, Snapshots, Table, Task};
 use super::taken::Taken;
 use super::{Image, State};
+use crate::engine::sync::Mutex;
 use crate::format::geometry::{Geometry, HOST_OFFSET_END};
 use crate::format::header::{CompressionType, Header};
 use crate::format::l1::L1Entry;
@@ -78,7 +79,7 @@ pub struct OpenOptions {
     pub discard: bool,
     /// Make nothing durable on purpose (`cache=unsafe`).
     pub no_flush: bool,
-    /// Bytes of L2 slices in memory; `None`: enough for the whole disk, at most 256 MiB.
+    /// Bytes of L2 slices in memory; `None`: twice what the whole disk has, at most 256 MiB.
     pub l2_cache_size: Option<u64>,
     /// Bytes of one slice: a power of two from 512 to the cluster size; `None`: 4 KiB or a cluster.
     pub l2_cache_entry_size: Option<u64>,
@@ -246,6 +247,8 @@ impl Image {
             no_flush: options.no_flush,
             read_only_snapshots,
             event_sink: Mutex::default(),
+            write_back_sink: Mutex::default(),
+            write_back_asked: AtomicBool::new(false),
         }))
     }
 }
@@ -743,7 +746,8 @@ fn cache_size(layers: &[Layer], options: &OpenOptions) -> (usize, usize) {
     }
     let budget = options
         .l2_cache_size
-        .unwrap_or_else(|| needed.min(L2_CACHE_BYTES_DEFAULT_MAX));
+        // Twice: half of the budget may be modified before requests have to write it back.
+        .unwrap_or_else(|| (needed * 2).min(L2_CACHE_BYTES_DEFAULT_MAX));
     let bodies = to_usize(budget / slice_bytes);
     (bodies, bodies)
 }

@@ -25,8 +25,8 @@
 //! join: while one runs, all others wait together for the next.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 
 use event_listener::Event;
 use futures_util::stream::{self, TryStreamExt};
@@ -38,13 +38,20 @@ use super::error::{Error, lock};
 use super::layer::{LayerKind, Mapping};
 use super::worker::Worker;
 use super::{Image, ImageEvent, State};
+use crate::engine::sync::Mutex;
 use crate::storage::{AlignedBuf, FileId, SgList, Storage};
 use crate::units::{to_u64, to_usize};
 
 /// Metadata writes in flight at a time.
 const WRITES_IN_FLIGHT: usize = 32;
-/// Adjacent slices go into one write of at most this many bytes.
-const MERGED_BYTES_MAX: usize = 1 << 20;
+/// Adjacent slices go into one write of at most this many bytes: guests' writes to the same file wait
+/// for one such write in the host's kernel.
+const MERGED_BYTES_MAX: usize = 128 << 10;
+
+/// Runs that a flush takes references away from, and frees, before it answers.
+const FREED_BY_FLUSH: usize = 64;
+/// The same for one turn of the background.
+const FREED_IN_BACKGROUND: usize = 256;
 
 /// Ordering rules that a test can switch off, to prove that it would notice.
 #[cfg(test)]
@@ -320,13 +327,37 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// Writes modified slices back when they crowd the cache.
+    /// Has modified slices written back when they crowd the cache: early enough by whoever does that
+    /// in the background, and by this request if they are more than that one has coped with.
     pub(crate) async fn relieve(&self) -> Result<(), Error> {
-        if self.image.store.wants_write_back() {
-            self.flush().await
-        } else {
-            Ok(())
+        if self.image.store.must_write_back() {
+            return self.flush().await;
         }
+        if self.image.store.wants_write_back() {
+            self.image.ask_for_write_back();
+        }
+        Ok(())
+    }
+
+    /// Does what [`Image::set_write_back_sink`] was told of: writes metadata back, takes references
+    /// away, frees clusters. As much of it as does not take long; what is left is told again.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub async fn write_back_in_background(&self) -> Result<(), Error> {
+        // First: what comes from now on may ask again.
+        self.image.write_back_asked.store(false, Ordering::Release);
+        if self.image.store.wants_write_back() {
+            self.flush().await?;
+        }
+        if let Some(active) = &self.image.active
+            && !self.image.has_failed()
+            && self.free_own(active, FREED_IN_BACKGROUND).await?
+            && active.allocator.has_due()
+        {
+            self.image.ask_for_write_back();
+        }
+        Ok(())
     }
 
     /// The last act of an orderly stop, when no request is in flight anywhere: everything
@@ -352,13 +383,10 @@ impl<S: Storage> Worker<S> {
         }
         self.flush().await?;
         if let Some(active) = &self.image.active {
+            while self.free_some(active, usize::MAX).await? {}
             // The second flush writes the counts that the first one allowed to go down.
             self.flush().await?;
-            active.allocator.reclaim(&self.storage).await;
-            active
-                .allocator
-                .reclaim_behind(&self.storage, usize::MAX)
-                .await;
+            while self.free_some(active, usize::MAX).await? {}
             active.allocator.trim(&self.storage).await?;
             self.sync().await?;
         }
@@ -555,24 +583,39 @@ impl<S: Storage> Worker<S> {
             .await
     }
 
-    /// Takes references away whose unlinking is durable.
+    /// Takes references away whose unlinking is durable: many of them in the background, if
+    /// somebody does that.
     async fn release(
         &self,
         active: &Active,
-        dropped: Vec<super::active::Dropped>,
+        mut dropped: Vec<super::active::Dropped>,
     ) -> Result<(), Error> {
         if !dropped.is_empty() {
+            // Each refcount block comes up once.
+            dropped.sort_unstable_by_key(|run| run.start);
             let epoch = self.image.board.end_epoch();
-            for run in dropped {
-                let released = active
-                    .allocator
-                    .release(&self.storage, run.start, run.count, epoch, run.tables)
-                    .await;
-                self.seen(released).await?;
-            }
+            active.allocator.add_due(dropped, epoch);
         }
-        active.allocator.reclaim(&self.storage).await;
+        let most = if self.image.has_write_back_sink() {
+            FREED_BY_FLUSH
+        } else {
+            usize::MAX
+        };
+        self.free_own(active, most).await?;
+        if active.allocator.has_due() {
+            self.image.ask_for_write_back();
+        }
         Ok(())
+    }
+
+    async fn free_own(&self, active: &Active, most: usize) -> Result<bool, Error> {
+        let freed = active.allocator.free_own(&self.storage, most).await;
+        self.seen(freed).await
+    }
+
+    async fn free_some(&self, active: &Active, most: usize) -> Result<bool, Error> {
+        let freed = active.allocator.free_some(&self.storage, most).await;
+        self.seen(freed).await
     }
 
     /// Sets the corrupt bit and takes no more writes.

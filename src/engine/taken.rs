@@ -7,12 +7,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use event_listener::{Event, EventListener};
 
 use super::error::lock;
 use super::order::keeps;
+use crate::engine::sync::Mutex;
 
 /// Taken guest clusters of one image. A request's clusters all lie in one slice.
 #[derive(Debug, Default)]

@@ -262,19 +262,8 @@ impl Allocator {
     /// Frees up to `most` runs that the background work has put in quarantine and no request uses
     /// any more. True: at least one.
     pub(crate) async fn reclaim_behind<S: Storage>(&self, storage: &S, most: usize) -> bool {
-        let mut freed = false;
-        for _ in 0..most {
-            let front = {
-                let mut state = lock(&self.state);
-                self.take_reclaimable(&mut state.freed_behind)
-            };
-            let Some(front) = front else {
-                break;
-            };
-            self.free(storage, front).await;
-            freed = true;
-        }
-        freed
+        self.reclaim_from(storage, most, |state| &mut state.freed_behind)
+            .await
     }
 }
 

@@ -16,12 +16,15 @@ use crate::engine::error::{Error, ErrorKind, lock};
 use crate::format::geometry::Geometry;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, Storage};
+use crate::units::{to_u64, to_usize};
 
 /// One refcount block.
 #[derive(Debug)]
 pub(super) struct Block {
     data: AlignedBytes,
     modified: bool,
+    /// Which parts of the data are modified, a bit for each.
+    parts: u64,
     /// Counts that the background work has changed are not in the file. No flush needs them there:
     /// the dirty bit excuses them, or (v2) no header relies on them yet.
     lagging: bool,
@@ -35,10 +38,24 @@ pub(super) struct Block {
 /// Block bytes; a plain boxed slice, so that the state is `Send`.
 type AlignedBytes = Box<[u8]>;
 
+/// A block is written in parts of at least this many bytes (or as a whole): what storage writes without
+/// reading first.
+const PART_BYTES_MIN: u64 = 4096;
+
+/// Bytes of a block's parts: at most 64.
+fn part_bytes(geometry: Geometry) -> u64 {
+    let cluster_size = geometry.cluster_size();
+    (cluster_size / 64).max(PART_BYTES_MIN).min(cluster_size)
+}
+
 /// The counts of one block.
 pub(super) struct Counts<'a> {
     data: &'a mut [u8],
     order: u32,
+    /// Where changes are noted.
+    parts: &'a mut u64,
+    /// Counts in a part, as a shift.
+    part_shift: u32,
 }
 
 impl Counts<'_> {
@@ -47,6 +64,7 @@ impl Counts<'_> {
     }
 
     pub(super) fn set(&mut self, index: usize, value: u64) {
+        *self.parts |= 1 << (index >> self.part_shift);
         refcount::set(self.data, self.order, index, value);
     }
 }
@@ -61,7 +79,7 @@ struct Unnamed {
     used: bool,
 }
 
-/// A copy of a modified block, to be written.
+/// A copy of a modified block, or of a part of it, to be written.
 #[derive(Debug)]
 pub(crate) struct BlockCopy {
     pub(crate) block: u64,
@@ -131,19 +149,18 @@ impl Blocks {
     }
 
     /// The counts of a resident block, for reading.
-    pub(super) fn get(&mut self, block: u64) -> Option<Counts<'_>> {
+    pub(super) fn get(&mut self, block: u64) -> Option<impl Fn(usize) -> u64> {
         let order = self.geometry.refcount_order();
         let resident = self.resident.get_mut(block)?;
         resident.visited = true;
-        Some(Counts {
-            data: &mut resident.data,
-            order,
-        })
+        let data = &resident.data;
+        Some(move |index| refcount::get(data, order, index))
     }
 
     /// The counts of a resident block, which is modified from now on.
     pub(super) fn modify(&mut self, block: u64) -> Option<Counts<'_>> {
         let order = self.geometry.refcount_order();
+        let part_shift = part_bytes(self.geometry).trailing_zeros() + 3 - order;
         let resident = self.resident.get_mut(block)?;
         resident.visited = true;
         if !resident.modified {
@@ -160,6 +177,8 @@ impl Blocks {
         Some(Counts {
             data: &mut resident.data,
             order,
+            parts: &mut resident.parts,
+            part_shift,
         })
     }
 
@@ -232,6 +251,7 @@ impl Blocks {
             Block {
                 data,
                 modified: false,
+                parts: 0,
                 lagging: false,
                 borrowed: true,
                 writing: 0,
@@ -256,12 +276,44 @@ impl Blocks {
             Block {
                 data,
                 modified: false,
+                parts: 0,
                 lagging: false,
                 borrowed: false,
                 writing: 0,
                 visited: true,
             },
         );
+    }
+
+    /// Adds copies of the parts that are modified: all of a block that lags.
+    fn copy_modified(&mut self, block: u64, copies: &mut Vec<BlockCopy>) {
+        let host_offset = self.table_entry(block);
+        let part = to_usize(part_bytes(self.geometry));
+        let Some(resident) = self.resident.get_mut(block) else {
+            return;
+        };
+        let busy = resident.writing > 0;
+        let parts = std::mem::take(&mut resident.parts);
+        let all = std::mem::take(&mut resident.lagging);
+        resident.modified = false;
+        let count = resident.data.len() / part;
+        let mut first = 0;
+        while first < count {
+            let run = (first..count)
+                .take_while(|index| all || parts >> index & 1 != 0)
+                .count();
+            if run > 0 {
+                let start = first * part;
+                copies.push(BlockCopy {
+                    block,
+                    host_offset: host_offset + to_u64(start),
+                    bytes: resident.data[start..start + run * part].into(),
+                    busy,
+                });
+                resident.writing += 1;
+            }
+            first += run + 1;
+        }
     }
 
     /// Takes in a block that growth has written to the file.
@@ -370,28 +422,18 @@ impl Allocator {
         ))
     }
 
-    /// Copies every modified block and lists the table entries that are not in the file.
+    /// Copies what is modified of every block and lists the table entries that are not in the file.
     /// A copied block stays resident until [`Self::copies_written`].
     pub(crate) fn collect(&self) -> (Vec<BlockCopy>, Vec<TableWrite>) {
-        let mut state = lock(&self.state);
-        let table_offset = state.table_offset;
-        let blocks = &mut state.blocks;
+        let modified = std::mem::take(&mut lock(&self.state).blocks.modified);
         let mut copies = Vec::new();
-        for block in std::mem::take(&mut blocks.modified) {
-            let host_offset = blocks.table_entry(block);
-            if let Some(resident) = blocks.resident.get_mut(block) {
-                let busy = resident.writing > 0;
-                resident.modified = false;
-                resident.lagging = false;
-                resident.writing += 1;
-                copies.push(BlockCopy {
-                    block,
-                    host_offset,
-                    bytes: resident.data.clone(),
-                    busy,
-                });
-            }
+        for block in modified {
+            // A hold of the lock for each: requests wait for the copy of one block at most.
+            lock(&self.state).blocks.copy_modified(block, &mut copies);
         }
+        let state = lock(&self.state);
+        let table_offset = state.table_offset;
+        let blocks = &state.blocks;
         let names = blocks
             .unnamed
             .iter()

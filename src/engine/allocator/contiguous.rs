@@ -22,7 +22,6 @@ impl Allocator {
         count: u64,
     ) -> Result<Run, Error> {
         let entries = self.geometry.refcount_block_entries();
-        let mut reclaimed = false;
         loop {
             let need = {
                 let mut state = lock(&self.state);
@@ -52,10 +51,8 @@ impl Allocator {
                     match grown {
                         Ok(Some(run)) => return Ok(run),
                         Ok(None) => {}
-                        Err(error) if error.kind() == ErrorKind::NoSpace && !reclaimed => {
-                            reclaimed = true;
-                            let freed = self.reclaim(storage).await;
-                            if !self.reclaim_behind(storage, usize::MAX).await && !freed {
+                        Err(error) if error.kind() == ErrorKind::NoSpace => {
+                            if !self.free_some(storage, usize::MAX).await? {
                                 return Err(error);
                             }
                         }

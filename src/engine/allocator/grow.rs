@@ -129,11 +129,11 @@ impl Allocator {
                 return Ok(Vec::new());
             }
             // Evicted between loading and locking: load again.
-            let Some(counts) = state.blocks.get(block).filter(|_| knows) else {
+            let Some(count) = state.blocks.get(block).filter(|_| knows) else {
                 continue;
             };
             let is_counted =
-                |cluster: &u64| counts.get(usize::try_from(cluster % entries).unwrap_or(0)) != 0;
+                |cluster: &u64| count(usize::try_from(cluster % entries).unwrap_or(0)) != 0;
             return Ok(part.filter(is_counted).collect());
         }
     }

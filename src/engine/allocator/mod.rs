@@ -27,9 +27,10 @@ mod grow;
 mod untrusted;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use event_listener::Event;
+use futures_util::stream::{self, StreamExt};
 
 use self::blocks::Blocks;
 use self::free_map::FreeMaps;
@@ -41,6 +42,7 @@ use super::header_owner::HeaderOwner;
 use super::order::keeps;
 use super::pin::PinBoard;
 use super::protected::Protected;
+use crate::engine::sync::Mutex;
 use crate::format::geometry::Geometry;
 use crate::format::refcount;
 use crate::storage::{FileId, Storage};
@@ -49,8 +51,11 @@ use crate::units::{HostOffset, to_u64};
 pub(crate) use self::background::{Change, PackedRun};
 pub(crate) use self::blocks::{BlockCopy, TableWrite};
 
-/// Runs of clusters freed in the background that a request reclaims when it needs one.
-const RECLAIMED_RUNS: usize = 16;
+/// Runs that a request frees when it needs a cluster: what is left waits for the next one, or for the
+/// background.
+const FREED_BY_REQUEST: usize = 16;
+/// Holes that are punched at a time.
+const PUNCHED_AT_ONCE: usize = 8;
 /// Blocks that one allocation looks through before it makes the file longer instead: what is free in
 /// the others is found by later ones, and no request waits for work that grows with the image.
 const SCANS_MAX: u32 = 4;
@@ -110,6 +115,14 @@ struct Quarantined {
     tables: bool,
 }
 
+/// References that nobody needs any more, durably.
+#[derive(Debug)]
+struct Due {
+    run: Dropped,
+    /// Pins up to here may use the clusters.
+    epoch: u64,
+}
+
 /// See the module text.
 #[derive(Debug)]
 pub(crate) struct Allocator {
@@ -148,6 +161,9 @@ struct State {
     table_clusters: u32,
     fresh_from: u64,
     growing: bool,
+    /// References to be taken away, whose unlinking is durable: as many as a guest has discarded or
+    /// overwritten.
+    due: VecDeque<Due>,
     quarantine: VecDeque<Quarantined>,
     /// What the background work has freed: as much as the image is large, so that no flush deals
     /// with it.
@@ -199,6 +215,7 @@ impl Allocator {
                 table_clusters: parts.table_clusters,
                 fresh_from: u64::MAX,
                 growing: false,
+                due: VecDeque::new(),
                 quarantine: VecDeque::new(),
                 freed_behind: VecDeque::new(),
             }),
@@ -228,7 +245,7 @@ impl Allocator {
         need: u64,
         count: u64,
     ) -> Result<Run, Error> {
-        let mut reclaimed = false;
+        let mut freed_all = false;
         let mut scans_left = if self.can_grow { SCANS_MAX } else { u32::MAX };
         loop {
             let need = {
@@ -258,17 +275,18 @@ impl Allocator {
                 Need::WaitForGrowth(listener) => listener.await,
                 Need::Grow => {
                     let ending = GrowthEnd { allocator: self };
-                    let grown = if reclaimed {
+                    // What nobody uses any more comes before growth: some of it.
+                    let grown = if freed_all {
                         self.grow(storage).await
                     } else {
-                        // Quarantined clusters that nobody uses any more come before growth.
-                        reclaimed = true;
-                        if self.reclaim(storage).await
-                            || self.reclaim_behind(storage, RECLAIMED_RUNS).await
-                        {
-                            Ok(())
-                        } else {
-                            self.grow(storage).await
+                        match self.free_some(storage, FREED_BY_REQUEST).await {
+                            // A device has nothing else.
+                            Ok(true) => {
+                                freed_all = self.can_grow;
+                                Ok(())
+                            }
+                            Ok(false) => self.grow(storage).await,
+                            Err(error) => Err(error),
                         }
                     };
                     drop(ending);
@@ -399,20 +417,103 @@ impl Allocator {
         Ok(())
     }
 
-    /// Frees quarantined clusters that no request uses any more. True: at least one.
-    pub(crate) async fn reclaim<S: Storage>(&self, storage: &S) -> bool {
-        let mut freed = false;
-        loop {
-            let front = {
-                let mut state = lock(&self.state);
-                self.take_reclaimable(&mut state.quarantine)
-            };
-            let Some(front) = front else {
-                return freed;
-            };
-            self.free(storage, front).await;
-            freed = true;
+    /// Notes references that [`Self::free_some`] takes away. Their unlinking must be durable.
+    pub(crate) fn add_due(&self, runs: Vec<Dropped>, epoch: u64) {
+        for run in runs {
+            let (start, count) = self.withhold(run.start, run.count, run.tables);
+            if count > 0 {
+                let run = Dropped {
+                    start,
+                    count,
+                    tables: run.tables,
+                };
+                lock(&self.state).due.push_back(Due { run, epoch });
+            }
         }
+    }
+
+    /// Takes some references away that are due, and frees some clusters that no request uses any
+    /// more: about `most` runs of each sort. False: there is nothing of either.
+    ///
+    /// # Errors
+    /// As for [`Self::release`].
+    pub(crate) async fn free_some<S: Storage>(
+        &self,
+        storage: &S,
+        most: usize,
+    ) -> Result<bool, Error> {
+        let mut any = self.release_due(storage, most).await?;
+        any |= self.reclaim(storage, most).await;
+        any |= self.reclaim_behind(storage, most).await;
+        Ok(any)
+    }
+
+    /// As [`Self::free_some`], without what the background work has freed.
+    ///
+    /// # Errors
+    /// As for [`Self::release`].
+    pub(crate) async fn free_own<S: Storage>(
+        &self,
+        storage: &S,
+        most: usize,
+    ) -> Result<bool, Error> {
+        let released = self.release_due(storage, most).await?;
+        Ok(self.reclaim(storage, most).await || released)
+    }
+
+    async fn release_due<S: Storage>(&self, storage: &S, most: usize) -> Result<bool, Error> {
+        let mut any = false;
+        for _ in 0..most {
+            let front = lock(&self.state).due.pop_front();
+            let Some(Due { run, epoch }) = front else {
+                break;
+            };
+            self.release(storage, run.start, run.count, epoch, run.tables)
+                .await?;
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// References are due, or clusters are waiting to be freed that no request uses any more.
+    pub(crate) fn has_due(&self) -> bool {
+        let oldest = self.board.oldest();
+        let state = lock(&self.state);
+        let reclaimable = |run: &Quarantined| run.epoch < oldest;
+        !state.due.is_empty() || state.quarantine.front().is_some_and(reclaimable)
+    }
+
+    /// Frees up to `most` quarantined runs that no request uses any more. True: at least one.
+    pub(crate) async fn reclaim<S: Storage>(&self, storage: &S, most: usize) -> bool {
+        self.reclaim_from(storage, most, |state| &mut state.quarantine)
+            .await
+    }
+
+    async fn reclaim_from<S: Storage>(
+        &self,
+        storage: &S,
+        most: usize,
+        list: impl Fn(&mut State) -> &mut VecDeque<Quarantined>,
+    ) -> bool {
+        let mut freed = 0;
+        while freed < most {
+            let runs: Vec<_> = {
+                let mut state = lock(&self.state);
+                let list = list(&mut state);
+                let next = || self.take_reclaimable(list);
+                std::iter::from_fn(next)
+                    .take(PUNCHED_AT_ONCE.min(most - freed))
+                    .collect()
+            };
+            if runs.is_empty() {
+                break;
+            }
+            freed += runs.len();
+            stream::iter(runs)
+                .for_each_concurrent(None, |run| self.free(storage, run))
+                .await;
+        }
+        freed > 0
     }
 
     /// The oldest run, if no request can use it any more.

@@ -174,13 +174,13 @@ impl Allocator {
             let old_end = state.untrusted_end;
             if state.free.knows(shared) && state.blocks.table_entry(shared) != 0 {
                 // Evicted, or looked at just now: again.
-                let Some(counts) = state.blocks.get(shared) else {
+                let Some(count) = state.blocks.get(shared) else {
                     continue;
                 };
                 let protected = lock(&self.protected);
                 for cluster in shared * entries..old_end {
                     let index = usize::try_from(cluster % entries).unwrap_or(0);
-                    if counts.get(index) == 0 && !protected.overlaps(&(cluster..cluster + 1)) {
+                    if count(index) == 0 && !protected.overlaps(&(cluster..cluster + 1)) {
                         state.free.set_free(cluster, 1, entries);
                     }
                 }

@@ -14,12 +14,13 @@
 //! down, its body has had [`SliceBody::visit_live`] say yes after the last change of its marks.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use super::SliceKey;
 use super::put_table::PutTable;
 use super::slice::SliceBody;
 use crate::engine::error::lock;
+use crate::engine::sync::Mutex;
 use crate::format::l2::L2Entry;
 
 /// Cache counters of one worker: written by it, read by anybody.

@@ -8,11 +8,12 @@
 //! and does not touch the body. So who changes the marks has to tell the directories
 //! (`Directories::announce`); only the store does.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::SliceKey;
 use crate::engine::error::lock;
+use crate::engine::sync::{Mutex, MutexGuard};
 use crate::format::l2::L2Entry;
 
 /// What the slice lock protects.
@@ -135,7 +136,7 @@ impl SliceBody {
     /// Retires the body if nobody needs it to stay. `false`: it stays. `is_pinned` says whether a
     /// request does.
     pub(super) fn try_retire(&self, is_pinned: impl FnOnce(&Self) -> bool) -> bool {
-        let Ok(state) = self.state.try_lock() else {
+        let Some(state) = self.state.try_lock() else {
             return false;
         };
         if state.modified || self.pins.load(Ordering::Acquire) > 0 || is_pinned(self) {

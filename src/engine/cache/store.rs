@@ -4,8 +4,8 @@
 //! the second waits for the first. `modified` lists the bodies that a flush must write.
 //! Only the store takes marks of a body away or retires it, and tells the directories.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use event_listener::{Event, EventListener};
 
@@ -14,6 +14,11 @@ use super::directory::Directories;
 use super::sieve::{Sieve, Verdict};
 use super::slice::{SliceBody, SliceState};
 use crate::engine::error::lock;
+use crate::engine::sync::Mutex;
+
+/// So many modified bodies bother nobody, however small the budget is: writing them back costs two
+/// `fdatasync`s.
+const UNWRITTEN_MIN: usize = 1024;
 
 #[derive(Debug)]
 enum Place {
@@ -165,8 +170,14 @@ impl Store {
         list
     }
 
-    /// Modified bodies crowd the budget: write back before more are made.
+    /// There are so many modified bodies that somebody should write them back, while requests go on.
     pub(crate) fn wants_write_back(&self) -> bool {
+        let limit = (self.bodies_max / 8).max(UNWRITTEN_MIN);
+        self.modified_count.load(Ordering::Relaxed) > limit.min(self.bodies_max / 2)
+    }
+
+    /// Modified bodies crowd the budget: write back before more are made.
+    pub(crate) fn must_write_back(&self) -> bool {
         self.modified_count.load(Ordering::Relaxed) > self.bodies_max / 2
     }
 }

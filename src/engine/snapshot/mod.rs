@@ -27,14 +27,15 @@ mod walk;
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use event_listener::Event;
 
 use super::error::lock;
 use super::table::Target;
 use super::{Image, LayerKind};
+use crate::engine::sync::Mutex;
 use crate::units::to_u64;
 
 pub use self::background::Step;

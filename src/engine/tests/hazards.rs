@@ -4,12 +4,15 @@
 
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Waker};
 
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, counted, seeds, violation};
 use crate::engine::{ErrorKind, OpenOptions, State};
 use crate::storage::sim::{CutMode, Fault, OpKind, Outcome, SimDisk};
+use crate::units::to_usize;
 
 fn data(_: u64) -> Fill {
     Fill::Data
@@ -131,6 +134,37 @@ fn a_slow_write_in_place_and_reuse(seed: u64) -> Result<(), Violation> {
     let disk = rig.disk.clone();
     rig.driver.run_until(move || marked_is_held(&disk));
     free_and_reuse(&mut rig)?;
+    rig.disk.release();
+    rig.run()?;
+    let reader = rig.worker();
+    rig.read_all(&reader, 8)?;
+    rig.finish()
+}
+
+/// A cluster is freed, and punching its hole takes long. Meanwhile others look for free clusters: what
+/// they write must not be punched away.
+fn a_slow_punch_and_reuse(seed: u64) -> Result<(), Violation> {
+    let fill = |cluster| if cluster < 8 { Fill::Data } else { Fill::None };
+    let recipe = Recipe {
+        fill,
+        ..Recipe::plain(11, 64 << 10)
+    };
+    let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
+    let (guest, other) = (rig.worker(), rig.worker());
+    rig.disk.hold(|op| op.kind == OpKind::Punch);
+    rig.driver
+        .spawn(async move { guest.discard(0, 4).await.is_ok() && guest.flush().await.is_ok() });
+    rig.driver.run_until_stuck();
+    if rig.disk.in_flight().is_empty() {
+        return violation("no hole is punched");
+    }
+    rig.act(async move {
+        for first in (64..100).step_by(4) {
+            other.write(first, 4).await?;
+        }
+        Ok(())
+    })?
+    .map_err(|error: crate::engine::Error| Violation(error.chain()))?;
     rig.disk.release();
     rig.run()?;
     let reader = rig.worker();
@@ -440,6 +474,7 @@ macro_rules! hazards {
 hazards! {
     a_slow_reader_and_reuse => a_slow_reader_never_sees_a_reused_cluster,
     a_slow_write_in_place_and_reuse => a_slow_write_in_place_never_lands_in_a_reused_cluster,
+    a_slow_punch_and_reuse => a_slow_punch_never_hits_a_reused_cluster,
     two_queues_allocate_one_cluster => two_queues_allocate_one_cluster_and_lose_nothing,
     joined_flushes_cover_what_came_before_them => a_joined_flush_covers_what_came_before_it,
     eviction_during_write_back => a_slice_being_written_back_is_not_loaded_from_the_file,
@@ -510,7 +545,118 @@ fn writes_without_a_flush_do_not_crowd_the_cache() {
         }
         Ok::<_, crate::engine::Error>(())
     });
-    assert!(!rig.image().store.wants_write_back());
+    assert!(!rig.image().store.must_write_back());
+    rig.finish().expect("clean");
+}
+
+#[test]
+fn much_modified_metadata_is_asked_to_be_written_back_once_and_stops_no_request() {
+    let options = OpenOptions {
+        // 4096 slices of 512 bytes: from 1024 modified ones on somebody is asked.
+        l2_cache_size: Some(2 << 20),
+        ..OpenOptions::default()
+    };
+    let recipe = Recipe::plain(9, 64 << 20);
+    let mut rig = Rig::opened(recipe, 1, &options).expect("opens");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&asked);
+    rig.image().set_write_back_sink(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
+    let client = rig.worker();
+    for round in 1..3 {
+        let writer = client.clone();
+        let disk = rig.disk.clone();
+        let write = async move {
+            for table in 0..1200 {
+                // Cluster by cluster of the same tables.
+                writer.write(table * 64 + round, 1).await?;
+            }
+            Ok::<_, crate::engine::Error>(())
+        };
+        let (result, count) = counted(&disk, || rig.act(write));
+        result.expect("an answer").expect("written");
+        assert_eq!(count.syncs, 0, "a request has flushed");
+        assert_eq!(asked.load(Ordering::Relaxed), to_usize(round));
+        let settler = client.clone();
+        let written = rig.act(async move { settler.worker.write_back_in_background().await });
+        written.expect("an answer").expect("written back");
+        assert!(!rig.image().store.wants_write_back());
+    }
+    rig.finish().expect("clean");
+}
+
+#[test]
+fn a_flush_leaves_most_of_what_was_discarded_to_the_background() {
+    let fill = |cluster| {
+        if cluster % 2 == 0 {
+            Fill::Data
+        } else {
+            Fill::None
+        }
+    };
+    let recipe = Recipe {
+        fill,
+        ..Recipe::plain(9, 1 << 20)
+    };
+    let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&asked);
+    rig.image().set_write_back_sink(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
+    let client = rig.worker();
+    let guest = client.clone();
+    let discard = async move {
+        // Every other host cluster: as many runs.
+        for cluster in (0..2048).step_by(4) {
+            guest.zero(cluster, 1, true).await?;
+        }
+        guest.flush().await
+    };
+    rig.act(discard).expect("an answer").expect("discarded");
+    let has_due = |rig: &Rig| {
+        let active = rig.image().active.as_ref().expect("writable");
+        active.allocator.has_due()
+    };
+    assert!(has_due(&rig));
+    let mut turns = 0;
+    while has_due(&rig) {
+        turns += 1;
+        assert_eq!(asked.load(Ordering::Relaxed), turns);
+        let settler = client.clone();
+        let freed = rig.act(async move { settler.worker.write_back_in_background().await });
+        freed.expect("an answer").expect("freed");
+    }
+    assert!((2..20).contains(&turns), "{turns} turns");
+    let length = rig.disk.contents(IMAGE).len();
+    let guest = client.clone();
+    let write = async move {
+        for cluster in 0..500 {
+            guest.write(cluster * 4, 1).await?;
+        }
+        Ok::<_, crate::engine::Error>(())
+    };
+    rig.act(write).expect("an answer").expect("written");
+    assert_eq!(rig.disk.contents(IMAGE).len(), length, "the file has grown");
+    rig.finish().expect("clean");
+}
+
+#[test]
+fn a_flush_writes_the_parts_of_refcount_blocks_that_changed() {
+    let mut rig =
+        Rig::opened(Recipe::plain(16, 8 << 20), 1, &OpenOptions::default()).expect("opens");
+    let client = rig.worker();
+    let disk = rig.disk.clone();
+    let writer = client.clone();
+    let _ = rig.act(async move { writer.write(0, 1).await });
+    let flush = client.clone();
+    let _ = rig.act(async move { flush.flush().await });
+    let writer = client.clone();
+    let _ = rig.act(async move { writer.write(300, 1).await });
+    let (_, count) = counted(&disk, || rig.act(async move { client.flush().await }));
+    // A part of the block, and a slice.
+    assert_eq!((count.writes, count.bytes), (2, 2 * 4096));
     rig.finish().expect("clean");
 }
 
