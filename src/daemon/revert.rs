@@ -49,15 +49,16 @@ pub(super) fn take(
     selector: &Selector,
     watch: &dyn Fn(&Image),
 ) -> Result<Reverted, Error> {
+    check_size(old, selector)?;
+    let paused = pauser.pause();
+    refuse_in_use(&paused)?;
+    // Now that nobody can make it fail any more: a failed image is not closed in order.
     if old.image.has_failed() {
         return Err(Error::new(
             ErrorKind::Failed,
             "the image takes no more writes since an earlier failure (see the log)",
         ));
     }
-    check_size(old, selector)?;
-    let paused = pauser.pause();
-    refuse_in_use(&paused)?;
     if !old.image.background().is_empty() {
         return Err(Error::new(
             ErrorKind::Unsupported,

@@ -26,6 +26,7 @@ impl Allocator {
             let need = {
                 let mut state = lock(&self.state);
                 if let Some(start) = state.free.take_contiguous(count, entries) {
+                    state.touch(start + count);
                     return Ok(Run {
                         start,
                         count,
@@ -106,6 +107,7 @@ impl Allocator {
             !own.contains(&cluster)
         })
         .await?;
+        lock(&self.state).touch(own.end);
         Ok(Some(Run {
             start,
             count,

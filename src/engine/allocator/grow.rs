@@ -92,9 +92,17 @@ impl Allocator {
         storage
             .reserve(self.file, self.offset(clusters.start).get(), len)
             .await;
-        self.write_blocks(storage, new_blocks, &[]).await?;
+        let written = self.write_blocks(storage, new_blocks, &[]).await;
         let mut state = lock(&self.state);
         let state = &mut *state;
+        if written.is_err() && self.can_grow {
+            // Some block may be in the file, and the next attempt may put it elsewhere.
+            if state.fresh_from == u64::MAX {
+                state.fresh_from = clusters.start;
+            }
+            state.touch(clusters.end);
+        }
+        written?;
         for new in new_blocks {
             let bytes = self.new_block_bytes(*new, &[]);
             state

@@ -14,7 +14,8 @@
 //!
 //! Invariants: a bit is set only for a cluster that is below `end`, has refcount 0, is reserved by
 //! nobody, is not protected and not quarantined. `fresh_from` bounds clusters that were never
-//! handed out since the file grew: they read as zeroes.
+//! handed out since the file grew: they read as zeroes. Whoever takes clusters, in whatever way,
+//! moves it past them.
 //!
 //! The counts of an image that was not closed in order are not to be trusted below `untrusted_end`
 //! until a rebuild has written them (see `untrusted`).
@@ -657,14 +658,18 @@ impl State {
     fn take_free(&mut self, count: u64) -> Option<Run> {
         let (start, count) = self.free.take(count)?;
         let fresh = start >= self.fresh_from;
-        if start + count > self.fresh_from {
-            self.fresh_from = start + count;
-        }
+        self.touch(start + count);
         Some(Run {
             start,
             count,
             fresh,
         })
+    }
+
+    /// Clusters below `end` may have been written to.
+    fn touch(&mut self, end: u64) {
+        // At the maximum none is fresh.
+        self.fresh_from = self.fresh_from.max(end);
     }
 
     /// The next block whose free clusters are not known, lowest first.

@@ -444,6 +444,31 @@ fn the_old_refcount_table_and_a_slow_flush(seed: u64) -> Result<(), Violation> {
     rig.finish()
 }
 
+/// A snapshot table and an L1 table lay in clusters that nobody had used before, and are given back
+/// on a host that punches no holes. Writes of single sectors get those clusters next.
+fn tables_that_are_given_back_leave_no_bytes(seed: u64) -> Result<(), Violation> {
+    let recipe = Recipe {
+        can_punch: false,
+        ..Recipe::plain(12, 256 << 10)
+    };
+    let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
+    let client = rig.worker();
+    let done = rig.act(async move {
+        client.snapshot("a").await?;
+        client.snapshot("b").await?;
+        client.delete("a").await?;
+        client.settle().await;
+        for first in (7..512).step_by(8) {
+            client.write(first, 1).await?;
+        }
+        client.flush().await
+    })?;
+    done.map_err(|error| Violation(error.chain()))?;
+    let reader = rig.worker();
+    rig.read_all(&reader, 8)?;
+    rig.finish()
+}
+
 /// All hazards, for one seed.
 pub(super) fn all(seed: u64) -> Result<(), Violation> {
     for (name, hazard) in ALL {
@@ -483,6 +508,7 @@ hazards! {
     a_flush_fails_while_others_wait => a_failed_flush_is_told_to_all_and_reads_go_on,
     growth_by_more_blocks_than_the_cache_holds => growth_needs_no_room_in_the_refcount_cache,
     the_old_refcount_table_and_a_slow_flush => a_slow_flush_never_writes_into_a_reused_table,
+    tables_that_are_given_back_leave_no_bytes => tables_that_are_given_back_leave_no_bytes_to_others,
 }
 
 #[test]
