@@ -2,7 +2,7 @@
 //!
 //! - `referee`: random work on real files, judged by `qemu-img`.
 //! - `model`: random work of several workers against a model of every sector.
-//! - `crash`: the power goes at every step. `faults`: every operation fails once.
+//! - `crash`: the power goes at every step (`cuts`). `faults`: every operation fails once.
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
@@ -14,6 +14,7 @@
 
 mod build;
 mod crash;
+mod cuts;
 mod faults;
 mod hazards;
 mod model;
