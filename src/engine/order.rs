@@ -98,6 +98,10 @@ pub(crate) enum Rule {
     RootBeforeHeader,
     /// Refcounts and copied flags are durable before the dirty bit goes.
     SettledBeforeClean,
+    /// A new image's tables are durable before its header makes it one.
+    TablesBeforeNewHeader,
+    /// The part of a new image's header that lies past the first sector is durable before that.
+    TailBeforeNewHeader,
 }
 
 #[cfg(test)]
