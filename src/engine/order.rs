@@ -102,6 +102,12 @@ pub(crate) enum Rule {
     TablesBeforeNewHeader,
     /// The part of a new image's header that lies past the first sector is durable before that.
     TailBeforeNewHeader,
+    /// An overlay and its name are durable before requests go to it.
+    OverlayBeforeUse,
+    /// No request is in flight while the overlay takes the image's place (in the device).
+    PauseBeforeOverlay,
+    /// What the image below has is durable before requests go to the overlay.
+    BackingBeforeOverlay,
 }
 
 #[cfg(test)]
@@ -139,6 +145,15 @@ impl Rule {
         Self::DirtyBeforeChange,
         Self::RootBeforeHeader,
         Self::SettledBeforeClean,
+    ];
+
+    /// The rules that only external snapshots need.
+    pub(crate) const OVERLAY: [Self; 5] = [
+        Self::TablesBeforeNewHeader,
+        Self::TailBeforeNewHeader,
+        Self::OverlayBeforeUse,
+        Self::PauseBeforeOverlay,
+        Self::BackingBeforeOverlay,
     ];
 }
 

@@ -7,6 +7,8 @@
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
 //! - `snapshot_crash`: the power goes while snapshots come and go.
+//! - `external`: an overlay takes the place of the image (`stage`), and the power goes.
+//!   `external_faults`: every operation of that fails once.
 //! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
@@ -15,6 +17,8 @@
 mod build;
 mod crash;
 mod cuts;
+mod external;
+mod external_faults;
 mod faults;
 mod hazards;
 mod model;
@@ -25,5 +29,6 @@ mod revert;
 mod rules;
 mod snapshot;
 mod snapshot_crash;
+mod stage;
 mod support;
 mod threads;
