@@ -9,6 +9,7 @@
 //! - `snapshot_crash`: the power goes while snapshots come and go.
 //! - `external`: an overlay takes the place of the image (`stage`), and the power goes.
 //!   `external_faults`: every operation of that fails once.
+//! - `snapshot_faults`: every operation of what snapshots do fails once.
 //! - `snapshot`: snapshots taken and deleted under load, and the background work for them.
 //! - `threads`: real threads on a real file.
 //!
@@ -29,6 +30,7 @@ mod revert;
 mod rules;
 mod snapshot;
 mod snapshot_crash;
+mod snapshot_faults;
 mod stage;
 mod support;
 mod threads;
