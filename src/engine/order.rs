@@ -379,7 +379,7 @@ impl<S: Storage> Worker<S> {
                 .reclaim_behind(&self.storage, usize::MAX)
                 .await;
             active.allocator.trim(&self.storage).await?;
-            self.sync().await?;
+            self.seen(self.sync().await).await?;
         }
         Ok(())
     }
