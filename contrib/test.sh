@@ -19,7 +19,7 @@ target=${CARGO_TARGET_DIR:-$repo/target}
 step "Tools"
 need_rust
 need_qemu
-need_packages shellcheck:shellcheck git:git python3:python3
+need_packages shellcheck:shellcheck git:git python3:python3 strace:strace
 run "$contrib/mkguest.sh"
 python=$target/python/bin/python
 if ! "$python" -c 'import qemu.qmp' 2>/dev/null; then

@@ -2,27 +2,23 @@
 //! behind as the overlay's backing file.
 //!
 //! Everything that can fail or take long is done before the device is paused: the overlay is made
-//! (or looked at), opened and locked, and the image is flushed. While the device is paused there is
-//! one more flush of what has come since, the chain is opened as it is now, and the workers go over
-//! to it. Then the old image's books are closed, and its lock becomes one of a reader.
-//!
-//! The paused device makes the instant one for all queues. A request that completed before it is in
-//! the old image, durably; nothing is written to that by the guest afterwards.
-//!
-//! Allowed outcomes of a failure or a power cut at any point: the old image as it was, with at most
-//! an empty overlay beside it that nobody uses; or the overlay in use, on a backing file that is
-//! complete (at most with leaked clusters). A failure removes the file that was made.
+//! (or looked at), opened and locked, and the image is flushed. The order of the rest, and what a
+//! failure or a power cut leaves, is `engine::overlay`'s. Afterwards the old image's lock becomes one
+//! of a reader. A failure removes the file that was made.
 //!
 //! New files: only in a folder that the administrator has allowed, and never over something that is
 //! there already. The folder is opened first and judged by where it really is; the file is made in
 //! that open folder, under a name that is not followed if it is a link.
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,19 +27,16 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat, statat, unlinkat};
 use super::chain::{self, Chain, Node};
 use crate::config::ImageConfig;
 use crate::control;
-use crate::device::Pauser;
+use crate::device::{Paused, Pauser};
 use crate::engine::chain::{
     ChainOptions, OpenLayer, backing_name, fd_path, given_folder, open_chain, protocol,
 };
-use crate::engine::create::{Backing, CreateOptions, Preallocation, create};
-use crate::engine::{Error, ErrorKind, Image, LayerFormat};
+use crate::engine::create::{Backing, create};
+use crate::engine::overlay::{Handover, can_become_backing, go_over, overlay_options};
+use crate::engine::{Error, ErrorKind, Image, LayerFormat, Worker};
 use crate::storage::lock::ImageLock;
 use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 
-/// Cluster size of an overlay over a raw image: qcow2's usual one.
-const CLUSTER_BITS_DEFAULT: u32 = 16;
-/// log2 of the usual refcount width.
-const REFCOUNT_ORDER: u32 = 4;
 /// Flushes before the pause at most. Each is much shorter than the one before if the guest writes
 /// slower than the host; if not, more of them would not help.
 const FLUSHES_BEFORE_MAX: u32 = 8;
@@ -64,87 +57,118 @@ pub(super) fn take(
     asked: &control::Overlay,
     watch: &dyn Fn(&Image),
 ) -> Result<Chain, Error> {
-    check_state(&old.image)?;
+    can_become_backing(&old.image)?;
     let name = node_name(old, asked.node_name.as_deref())?;
-    let mut overlay = Overlay::prepare(old, config, asked)?;
-
+    let overlay = Overlay::prepare(old, config, asked)?;
     let old_worker = old.image.worker(BlockingStorage::new(old.files()));
-    let mut last = Duration::MAX;
-    for _ in 0..FLUSHES_BEFORE_MAX {
-        let since = Instant::now();
-        block_on(old_worker.flush())?;
-        let took = since.elapsed();
-        if took <= SHORT_FLUSH || took > last / 2 {
-            break;
-        }
-        last = took;
-    }
-
-    let since = Instant::now();
-    let paused = pauser.pause();
-    let drained = since.elapsed();
-    // Again: a snapshot may have been taken, or the image have failed, since it was looked at.
-    check_state(&old.image)?;
-    block_on(old_worker.flush())?;
-    let flushed = since.elapsed();
     let storage = chain::storage(&overlay.layers);
     let specs = chain::specs(&overlay.layers);
     let options = chain::open_options(config);
-    let image = block_on(Image::open(&storage, &specs, &options))?;
-    watch(&image);
-    let files: Vec<_> = overlay.files().collect();
-    paused
-        .set_image(&old.image, &image, &files)
-        .map_err(|error| Error::new(ErrorKind::Invalid, error.to_string()))?;
-    // From here on the overlay is the disk.
-    overlay.made = overlay.made.map(MadeFile::keep);
-    drop(paused);
-    let stood_still = since.elapsed();
-
-    if let Err(error) = block_on(old_worker.close()) {
-        // All that the overlay needs was flushed before; counts that were to go down did not.
-        log::error!(
-            "the backing file may keep some clusters for nothing: {}",
-            error.chain()
-        );
-    }
-    let nodes = nodes(old, config, overlay, &name);
+    let change = Change {
+        old,
+        old_worker: &old_worker,
+        overlay: &overlay,
+        path: &asked.file,
+        pauser,
+        watch,
+        times: Cell::default(),
+    };
+    let image = block_on(go_over(&old_worker, &storage, &specs, &options, &change))?;
+    let times = change.times.get();
     log::info!(
-        "external snapshot '{}': requests waited for {} us (drain {}, flush {}, open and hand over {})",
+        "external snapshot '{}': requests waited for {} us (drain {}, flush and open {}, hand over {})",
         asked.file.display(),
-        stood_still.as_micros(),
-        drained.as_micros(),
-        (flushed - drained).as_micros(),
-        (stood_still - flushed).as_micros(),
+        (times.drain + times.flush + times.hand_over).as_micros(),
+        times.drain.as_micros(),
+        times.flush.as_micros(),
+        times.hand_over.as_micros(),
     );
+    let nodes = nodes(old, config, overlay, &name);
     Ok(Chain {
         image,
         nodes: nodes.into(),
     })
 }
 
-/// Whether the image can become a backing file now.
-fn check_state(image: &Image) -> Result<(), Error> {
-    if image.is_read_only() {
-        return Err(Error::new(
-            ErrorKind::ReadOnly,
-            "the image is opened read-only",
-        ));
+/// How long requests waited, and for what.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    drain: Duration,
+    flush: Duration,
+    hand_over: Duration,
+}
+
+/// The change from one image to another, on the host and on the device.
+struct Change<'a> {
+    old: &'a Chain,
+    old_worker: &'a Rc<Worker<BlockingStorage>>,
+    overlay: &'a Overlay,
+    /// The overlay as it was named.
+    path: &'a Path,
+    pauser: &'a Pauser,
+    watch: &'a dyn Fn(&Image),
+    times: Cell<Times>,
+}
+
+/// A paused device, since when, and how long that took.
+struct Stopped<'a> {
+    paused: Paused<'a>,
+    drain: Duration,
+    idle: Instant,
+}
+
+impl<'a> Handover for Change<'a> {
+    type Paused = Stopped<'a>;
+
+    async fn sync_overlay(&self) -> Result<(), Error> {
+        self.overlay.sync(self.path)
     }
-    if image.has_failed() {
-        return Err(Error::new(
-            ErrorKind::Failed,
-            "the image takes no more writes since an earlier failure (see the log)",
-        ));
+
+    async fn before_pause(&self) -> Result<(), Error> {
+        let mut last = Duration::MAX;
+        for _ in 0..FLUSHES_BEFORE_MAX {
+            let since = Instant::now();
+            self.old_worker.flush().await?;
+            let took = since.elapsed();
+            if took <= SHORT_FLUSH || took > last / 2 {
+                break;
+            }
+            last = took;
+        }
+        Ok(())
     }
-    if !image.background().is_empty() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "background work for internal snapshots is not done yet, and a backing file cannot be \
-             worked on; try again when it is",
-        ));
+
+    async fn pause(&self) -> Stopped<'a> {
+        let since = Instant::now();
+        let paused = self.pauser.pause();
+        Stopped {
+            paused,
+            drain: since.elapsed(),
+            idle: Instant::now(),
+        }
     }
-    Ok(())
+
+    fn hand_over(&self, stopped: &Stopped<'a>, image: &Arc<Image>) -> Result<(), Error> {
+        let flush = stopped.idle.elapsed();
+        (self.watch)(image);
+        let files: Vec<_> = self.overlay.files().collect();
+        stopped
+            .paused
+            .set_image(&self.old.image, image, &files)
+            .map_err(|error| Error::new(ErrorKind::Invalid, error.to_string()))?;
+        // From here on the overlay is the disk.
+        if let Some(made) = &self.overlay.made {
+            made.kept.set(true);
+        }
+        // What befalls the old one from now on does not befall the device.
+        self.old.image.set_event_sink(|_| ());
+        self.times.set(Times {
+            drain: stopped.drain,
+            flush,
+            hand_over: stopped.idle.elapsed() - flush,
+        });
+        Ok(())
+    }
 }
 
 /// The name of the new node: as asked for, or made up as QEMU does.
@@ -189,7 +213,7 @@ const NODE_NAME_MAX: usize = 31;
 struct Overlay {
     layers: Vec<OpenLayer>,
     locks: Vec<Option<ImageLock>>,
-    /// Removes the file on drop; `None` once it is in use, or if it was there before.
+    /// Removes the file on drop unless it is in use; `None` if it was there before.
     made: Option<MadeFile>,
 }
 
@@ -216,9 +240,6 @@ impl Overlay {
         let overlay = Self::open(old, config, path, made)?;
         overlay.check(old, path, &allowed)?;
         overlay.try_out(old, config)?;
-        if let Some(made) = &overlay.made {
-            made.sync()?;
-        }
         Ok(overlay)
     }
 
@@ -331,6 +352,35 @@ impl Overlay {
         Ok(())
     }
 
+    /// Makes the file durable, the name that it was asked for by, and that which it really has.
+    fn sync(&self, path: &Path) -> Result<(), Error> {
+        let Some(top) = self.layers.first() else {
+            return Ok(());
+        };
+        let file = top.file.as_file();
+        let sync_all = || {
+            file.sync_all()?;
+            if let Some(made) = &self.made {
+                return made.folder.sync_all();
+            }
+            // Whoever made the file need not have done that.
+            let real = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+            for name in [path, &real] {
+                match File::open(folder_of(name)) {
+                    Ok(folder) => folder.sync_all()?,
+                    // A folder may be closed to us though the file is not.
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                        rustix::fs::syncfs(file)?;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        };
+        sync_all()
+            .map_err(|error| Error::io(format!("cannot make '{}' durable", path.display()), error))
+    }
+
     fn files(&self) -> impl Iterator<Item = Arc<HostFile>> {
         self.layers.iter().map(|layer| Arc::clone(&layer.file))
     }
@@ -438,7 +488,16 @@ struct MadeFile {
     identity: (u64, u64),
     file: File,
     path: PathBuf,
-    kept: bool,
+    /// It is in use: not to be removed.
+    kept: Cell<bool>,
+}
+
+/// The folder that a name is in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Makes an empty overlay.
@@ -446,22 +505,13 @@ fn make(old: &Chain, path: &Path, allowed: &[PathBuf]) -> Result<MadeFile, Error
     let active = &old.nodes[0].layer;
     let made = MadeFile::new(path, active.file.as_file(), allowed)?;
     let folder = fd_path(&made.folder, path)?;
-    let cluster_bits = match active.format {
-        LayerFormat::Qcow2 => old.image.cluster_size().ilog2(),
-        LayerFormat::Raw => CLUSTER_BITS_DEFAULT,
-    };
-    let options = CreateOptions {
-        virtual_size: old.image.virtual_size(),
-        cluster_bits,
-        refcount_order: REFCOUNT_ORDER,
-        version: 3,
-        lazy_refcounts: false,
-        preallocation: Preallocation::Off,
-        backing: Some(Backing {
+    let options = overlay_options(
+        &old.image,
+        Backing {
             name: backing_name(&active.path, &folder)?,
             format: active.format,
-        }),
-    };
+        },
+    );
     let fault = |error| Error::io(format!("cannot use '{}'", path.display()), error);
     let mode = OpenMode {
         write: true,
@@ -486,10 +536,7 @@ impl MadeFile {
             ));
         };
         let fault = |error| Error::io(format!("cannot make '{}'", path.display()), error);
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = folder_of(path);
         let folder = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
@@ -521,30 +568,14 @@ impl MadeFile {
             identity: (metadata.dev(), metadata.ino()),
             file,
             path: path.to_owned(),
-            kept: false,
+            kept: Cell::new(false),
         })
-    }
-
-    /// Makes the file and its name durable.
-    fn sync(&self) -> Result<(), Error> {
-        let synced = self.file.sync_all().and_then(|()| self.folder.sync_all());
-        synced.map_err(|error| {
-            Error::io(
-                format!("cannot make '{}' durable", self.path.display()),
-                error,
-            )
-        })
-    }
-
-    fn keep(mut self) -> Self {
-        self.kept = true;
-        self
     }
 }
 
 impl Drop for MadeFile {
     fn drop(&mut self) {
-        if self.kept {
+        if self.kept.get() {
             return;
         }
         let is_ours = |name: &OsStr| {

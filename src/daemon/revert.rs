@@ -2,7 +2,8 @@
 //! no ring runs, so that no guest sees its disk change.
 //!
 //! The device is paused, the image is closed in order, the file is reverted, and the device gets
-//! the image as the file now has it. An error before the file has changed leaves the disk as it was.
+//! the image as the file now has it. An error before the file has changed leaves the disk as it was;
+//! after one that leaves open whether it has, the old image is only read.
 
 use std::sync::Arc;
 
@@ -41,7 +42,8 @@ pub(super) fn refuse_in_use(paused: &Paused<'_>) -> Result<(), Error> {
 ///
 /// # Errors
 /// Nothing has happened: the disk is in use, there is no such snapshot, or the image cannot be
-/// closed. When the file cannot be opened again, the old image takes no more writes.
+/// closed. When it is not known what the file names now, or it cannot be opened again, the old image
+/// takes no more writes.
 pub(super) fn take(
     old: &Chain,
     config: &ImageConfig,
@@ -72,6 +74,14 @@ pub(super) fn take(
     old.close()?;
     let alone = BlockingStorage::new(vec![Arc::clone(active)]);
     let result = block_on(revert(alone, FileId(0), selector));
+    let result = match result {
+        Err(error) if error.kind() == ErrorKind::Failed => {
+            // The file may name either tree. The old one is all there, to be read.
+            old.image.abandon(error.chain());
+            return Err(error.context("qblkd has to be restarted"));
+        }
+        result => result,
+    };
 
     let open = || -> Result<Arc<Image>, Error> {
         let specs: Vec<LayerSpec> = chain::specs(old.nodes.iter().map(|node| &node.layer));

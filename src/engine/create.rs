@@ -1,14 +1,15 @@
 //! Makes an empty image.
 //!
 //! All tables are laid out at once, in this order: header, refcount table, refcount blocks, L1 table
-//! and, where space is preallocated, L2 tables and data clusters. Everything but the header is
-//! written and made durable first, and where the header goes there are zeroes until then. After a
+//! and, where space is preallocated, L2 tables and data clusters. Everything but the header's first
+//! sector is written and made durable first, and where that goes there are zeroes until then. After a
 //! crash there is either a whole image, or a file that nobody takes for one.
 
 #![forbid(unsafe_code)]
 
 use super::LayerFormat;
 use super::error::{Error, ErrorKind};
+use super::order::keeps;
 use super::source::Source;
 use crate::format::geometry::{L1_BYTES_MAX, REFTABLE_BYTES_MAX};
 use crate::format::header::COMPAT_LAZY_REFCOUNTS;
@@ -175,12 +176,23 @@ pub async fn create<S: Storage>(
         )
         .await?;
     }
-    source.sync().await?;
-    let mut first = header
+    let mut head = header
         .encode()
         .map_err(|error| Error::format("cannot make a header", error))?;
-    first.resize(to_usize(cluster_size), 0);
-    source.write(0, &first).await?;
+    head.resize(to_usize(cluster_size), 0);
+    // A long backing name reaches past the sector that makes this an image.
+    let (first, tail) = if keeps!(TailBeforeNewHeader) {
+        head.split_at(to_usize(SECTOR_SIZE))
+    } else {
+        (&*head, &[][..])
+    };
+    if !tail.is_empty() {
+        source.write(SECTOR_SIZE, tail).await?;
+    }
+    if keeps!(TablesBeforeNewHeader) {
+        source.sync().await?;
+    }
+    source.write(0, first).await?;
     source.sync().await
 }
 
@@ -327,6 +339,7 @@ mod tests {
 
     use super::*;
     use crate::engine::check::{Repair, check};
+    use crate::storage::sim::{CutMode, Driver, Outcome, SimDisk, SimFileOptions};
     use crate::storage::{BlockingStorage, HostFile, OpenMode, block_on};
 
     fn options(virtual_size: u64) -> CreateOptions {
@@ -365,6 +378,59 @@ mod tests {
             Err(_) => {
                 writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed").unwrap();
             }
+        }
+    }
+
+    /// A backing name can reach past the first sector of the header.
+    #[test]
+    fn a_power_cut_leaves_a_whole_image_or_none() {
+        for (cluster_bits, name_bytes) in [(9, 8), (12, 1000), (16, 500)] {
+            let options = CreateOptions {
+                cluster_bits,
+                backing: Some(Backing {
+                    name: vec![b'x'; name_bytes],
+                    format: LayerFormat::Qcow2,
+                }),
+                ..options(1 << 20)
+            };
+            let (mut whole, mut none) = (0, 0);
+            for seed in 0..30 {
+                let disk = SimDisk::new(seed);
+                let file = disk.add_file(b"", SimFileOptions::default());
+                let mut driver = Driver::new(seed, &disk);
+                let mut random = fastrand::Rng::with_seed(seed);
+                let (storage, wanted) = (disk.storage(), options.clone());
+                driver.spawn(async move {
+                    create(&storage, file, &wanted, &mut |_, _| ())
+                        .await
+                        .unwrap();
+                });
+                loop {
+                    let disk = disk.clone();
+                    let moment = || (disk.ops(), disk.in_flight().len());
+                    let before = moment();
+                    if driver.run_until(|| moment() != before) == Outcome::Stuck {
+                        break;
+                    }
+                    let cut = disk.power_cut(&mut random, CutMode::Random);
+                    let bytes = cut.contents(file);
+                    if !bytes.starts_with(b"QFI\xfb") {
+                        none += 1;
+                        continue;
+                    }
+                    whole += 1;
+                    let what = format!("{cluster_bits} {name_bytes}, seed {seed}");
+                    let header = Header::decode(&bytes).unwrap();
+                    let backing = options.backing.as_ref().unwrap();
+                    assert_eq!(header.backing_name.as_ref(), Some(&backing.name), "{what}");
+                    cut.set_immediate(true);
+                    let storage = cut.storage();
+                    let report =
+                        block_on(check(&storage, file, Repair::None, &mut |_| ())).unwrap();
+                    assert!(report.is_clean(), "{what}: {:?}", report.problems);
+                }
+            }
+            assert!(whole > 10 && none > 10, "{whole} images, {none} others");
         }
     }
 

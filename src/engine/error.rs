@@ -106,6 +106,16 @@ impl Error {
         }
     }
 
+    /// The same error seen from one level up, where it means that what the file holds is not known
+    /// any more.
+    pub(crate) fn into_failed(self, text: impl Into<String>) -> Self {
+        Self {
+            kind: ErrorKind::Failed,
+            text: text.into(),
+            source: Some(Box::new(self)),
+        }
+    }
+
     /// What the caller may act on.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

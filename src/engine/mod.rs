@@ -27,6 +27,7 @@ pub mod info;
 mod layer;
 mod open;
 mod order;
+pub mod overlay;
 mod pin;
 mod protected;
 mod read;

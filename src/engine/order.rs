@@ -105,6 +105,16 @@ pub(crate) enum Rule {
     RootBeforeHeader,
     /// Refcounts and copied flags are durable before the dirty bit goes.
     SettledBeforeClean,
+    /// A new image's tables are durable before its header makes it one.
+    TablesBeforeNewHeader,
+    /// The part of a new image's header that lies past the first sector is durable before that.
+    TailBeforeNewHeader,
+    /// An overlay and its name are durable before requests go to it.
+    OverlayBeforeUse,
+    /// No request is in flight while the overlay takes the image's place (in the device).
+    PauseBeforeOverlay,
+    /// What the image below has is durable before requests go to the overlay.
+    BackingBeforeOverlay,
 }
 
 #[cfg(test)]
@@ -142,6 +152,15 @@ impl Rule {
         Self::DirtyBeforeChange,
         Self::RootBeforeHeader,
         Self::SettledBeforeClean,
+    ];
+
+    /// The rules that only external snapshots need.
+    pub(crate) const OVERLAY: [Self; 5] = [
+        Self::TablesBeforeNewHeader,
+        Self::TailBeforeNewHeader,
+        Self::OverlayBeforeUse,
+        Self::PauseBeforeOverlay,
+        Self::BackingBeforeOverlay,
     ];
 }
 
@@ -388,7 +407,7 @@ impl<S: Storage> Worker<S> {
             self.flush().await?;
             while self.free_some(active, usize::MAX).await? {}
             active.allocator.trim(&self.storage).await?;
-            self.sync().await?;
+            self.seen(self.sync().await).await?;
         }
         Ok(())
     }

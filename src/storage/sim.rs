@@ -389,6 +389,11 @@ impl SimDisk {
         SimStorage { disk: self.clone() }
     }
 
+    /// How many files there are.
+    pub fn file_count(&self) -> u16 {
+        u16::try_from(self.state.borrow().files.len()).unwrap()
+    }
+
     /// What reads see of a file now.
     pub fn contents(&self, file: FileId) -> Vec<u8> {
         let state = self.state.borrow();

@@ -21,21 +21,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const TOOLS: &[&str] = &["qemu-img", "qemu-io"];
-const DISK_BYTES: u64 = 32 << 20;
+pub(super) const TOOLS: &[&str] = &["qemu-img", "qemu-io"];
+pub(super) const DISK_BYTES: u64 = 32 << 20;
 /// Ends a run that is never told to.
-const RUN_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const RUN_LIMIT: Duration = Duration::from_secs(120);
 
 /// A folder with an image, and how to serve it.
-struct Scene {
-    dir: TempDir,
-    image: PathBuf,
-    options: Vec<OsString>,
+pub(super) struct Scene {
+    pub(super) dir: TempDir,
+    pub(super) image: PathBuf,
+    pub(super) options: Vec<OsString>,
 }
 
 impl Scene {
     /// An empty image. Below the target folder: a tmpfs may not know O_DIRECT.
-    fn new(create: &str, options: &[&str]) -> Result<Self, Failure> {
+    pub(super) fn new(create: &str, options: &[&str]) -> Result<Self, Failure> {
         let dir = TempDir::with_prefix_in("qblkd-", env!("CARGO_TARGET_TMPDIR"))?;
         let image = dir.path().join("base.qcow2");
         qemu::create(&image, DISK_BYTES, create)?;
@@ -46,19 +46,24 @@ impl Scene {
         })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Serves `file`, with a control socket.
-    fn serve(&self, file: &Path) -> Result<Server, Failure> {
+    pub(super) fn serve(&self, file: &Path) -> Result<Server, Failure> {
+        Server::start(self.words(file))
+    }
+
+    /// What is said to a server of `file`.
+    pub(super) fn words(&self, file: &Path) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec!["--blk-file".into(), file.into()];
         words.extend(["--control".into(), self.path("control.sock").into()]);
         words.extend(self.options.iter().cloned());
-        Server::start(&words)
+        words
     }
 
-    fn client(&self) -> Result<Qmp, Failure> {
+    pub(super) fn client(&self) -> Result<Qmp, Failure> {
         Qmp::connect(&self.path("control.sock"))
     }
 
@@ -83,11 +88,15 @@ impl Scene {
 }
 
 /// Sends `blockdev-snapshot-sync`; the text of the error if it is refused.
-fn snapshot(client: &mut Qmp, arguments: &Value) -> Result<Result<(), String>, Failure> {
+pub(super) fn snapshot(client: &mut Qmp, arguments: &Value) -> Result<Result<(), String>, Failure> {
     command(client, "blockdev-snapshot-sync", arguments)
 }
 
-fn command(client: &mut Qmp, name: &str, arguments: &Value) -> Result<Result<(), String>, Failure> {
+pub(super) fn command(
+    client: &mut Qmp,
+    name: &str,
+    arguments: &Value,
+) -> Result<Result<(), String>, Failure> {
     let line = json!({ "execute": name, "arguments": arguments });
     client.send(format!("{line}\n").as_bytes())?;
     let answer = client.answer()?;
@@ -98,7 +107,7 @@ fn command(client: &mut Qmp, name: &str, arguments: &Value) -> Result<Result<(),
 }
 
 /// Takes a snapshot that must succeed.
-fn take(client: &mut Qmp, file: &Path) -> Result<(), Failure> {
+pub(super) fn take(client: &mut Qmp, file: &Path) -> Result<(), Failure> {
     let arguments = json!({ "device": "disk0", "snapshot-file": file });
     snapshot(client, &arguments)?.map_err(Failure::from)
 }
@@ -698,7 +707,7 @@ fn a_kill_right_after_the_answer_loses_nothing() -> Result<(), Failure> {
 }
 
 /// Waits until the server has completed so many writes since it was asked first.
-fn wait_for_writes(client: &mut Qmp, count: u64) -> Result<(), Failure> {
+pub(super) fn wait_for_writes(client: &mut Qmp, count: u64) -> Result<(), Failure> {
     let mut written = || -> Result<u64, Failure> {
         let stats = client.execute("query-blockstats")?;
         let writes = &stats[0]["stats"]["wr_operations"];

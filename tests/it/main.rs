@@ -25,6 +25,8 @@ mod docs;
 #[cfg(test)]
 mod external;
 #[cfg(test)]
+mod external_races;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod referee;

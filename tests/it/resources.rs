@@ -10,6 +10,7 @@ use crate::support::qmp::Qmp;
 use crate::support::server::Server;
 use crate::support::{Failure, QBLKD, ensure, have_tools, skip};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -166,16 +167,17 @@ fn write_cluster(driver: &mut Driver, cluster: u64) -> Result<u8, Failure> {
 
 /// An error unless the disk holds what was written to each of these clusters.
 fn expect_clusters(driver: &mut Driver, clusters: u64) -> Result<(), Failure> {
+    (0..clusters).try_for_each(|cluster| expect_cluster(driver, cluster))
+}
+
+fn expect_cluster(driver: &mut Driver, cluster: u64) -> Result<(), Failure> {
     let mut found = vec![0; CLUSTER_BYTES as usize];
-    for cluster in 0..clusters {
-        let status = driver.request(IN, cluster * CLUSTER_SECTORS, CLUSTER_BYTES, WRITE)?;
-        ensure(status == OK, || format!("read {cluster}: status {status}"))?;
-        driver.memory.read_slice(&mut found, GuestAddress(DATA))?;
-        ensure(found == content_of(cluster), || {
-            format!("cluster {cluster} holds something else")
-        })?;
-    }
-    Ok(())
+    let status = driver.request(IN, cluster * CLUSTER_SECTORS, CLUSTER_BYTES, WRITE)?;
+    ensure(status == OK, || format!("read {cluster}: status {status}"))?;
+    driver.memory.read_slice(&mut found, GuestAddress(DATA))?;
+    ensure(found == content_of(cluster), || {
+        format!("cluster {cluster} holds something else")
+    })
 }
 
 #[test]
@@ -271,6 +273,79 @@ fn an_external_snapshot_on_a_full_host_is_refused_and_leaves_nothing() -> Result
     ensure(overlay.exists(), || "there is no overlay".into())?;
     let (_dir, copy) = host.finish()?;
     qemu::expect_check(&copy, &[CHECK_CLEAN])
+}
+
+/// A guest writes, and overlays are asked for, until long after the space is used up.
+#[test]
+fn external_snapshots_while_the_host_fills_up_lose_nothing() -> Result<(), Failure> {
+    const ROUNDS: u64 = 60;
+    let test = "external_snapshots_while_the_host_fills_up_lose_nothing";
+    if !have_tools(test, &["qemu-img", "unshare", "mount"]) {
+        return Ok(());
+    }
+    let Some(host) = SmallHost::new(test, "6m")? else {
+        return Ok(());
+    };
+    let mut driver = Driver::connect(&host.server.socket)?;
+    let mut client = Qmp::connect(&host.control)?;
+    let (mut written, mut refused, mut failed) = (BTreeSet::new(), 0, 0);
+    let mut last = "disk.qcow2".to_owned();
+    for round in 0..ROUNDS {
+        let name = format!("{round}.qcow2");
+        let file = host.dir.path().join("small").join(&name);
+        let arguments = json!({ "device": "disk0", "snapshot-file": file });
+        let command = json!({ "execute": "blockdev-snapshot-sync", "arguments": arguments });
+        client.send(format!("{command}\n").as_bytes())?;
+        // While the snapshot is taken; some of them to clusters of before.
+        for cluster in [round * 2, round * 2 + 1, round / 2] {
+            match write_cluster(&mut driver, cluster)? {
+                OK => {
+                    written.insert(cluster);
+                }
+                IOERR => failed += 1,
+                status => return Err(format!("status {status}").into()),
+            }
+        }
+        let answer = client.answer()?;
+        let there = host.folder.join(&name).exists();
+        if answer["return"].is_object() {
+            ensure(there, || format!("{name} is not there"))?;
+            last = name;
+        } else {
+            refused += 1;
+            let said = answer["error"]["desc"].as_str().unwrap_or_default();
+            ensure(said.contains("No space"), || answer.to_string())?;
+            ensure(!there, || format!("{name} was left behind: {said}"))?;
+        }
+    }
+    ensure(refused > 0 && failed > 0, || {
+        format!("{refused} refused, {failed} writes failed: there is too much space")
+    })?;
+    ensure(last != "disk.qcow2", || "no snapshot was taken".into())?;
+    for cluster in &written {
+        expect_cluster(&mut driver, *cluster)?;
+    }
+    let status = driver.request(FLUSH_REQUEST, 0, 512, 0)?;
+    ensure(status == OK, || format!("flush: status {status}"))?;
+    drop(driver);
+    // The tmpfs goes with the server, but for what is open.
+    let mut images = Vec::new();
+    for entry in fs::read_dir(&host.folder)? {
+        let entry = entry?;
+        images.push((entry.file_name(), File::open(entry.path())?));
+    }
+    let ended = host.server.terminate()?;
+    ensure(ended.code()? == 0, || format!("{ended:?}"))?;
+    // All of them first: each names the one below.
+    for (name, image) in &mut images {
+        let mut copy = File::create(host.dir.path().join(name))?;
+        std::io::copy(image, &mut copy)?;
+    }
+    for (name, _) in &images {
+        qemu::expect_check(&host.dir.path().join(name), &[CHECK_CLEAN])
+            .map_err(|failure| format!("{}: {failure}", name.display()))?;
+    }
+    Ok(())
 }
 
 // --- The terminal ---

@@ -31,6 +31,13 @@ use crate::units::{HostOffset, to_u64, to_usize};
 /// cluster.
 const COMPRESSED_BYTES_MIN: u64 = 16;
 
+/// What is said when the header may be the old or the new one.
+const UNKNOWN: &str = "it is not known whether the disk is reverted: check the image before its next \
+                       use";
+/// What is said when the header is the new one and the counts may be wrong.
+const UNREPAIRED: &str = "the disk is reverted, but its counts are not: repair the image (qblkd check \
+                          --repair all)";
+
 /// Makes the disk of the qcow2 image in `file` what it was in an internal snapshot. The caller has
 /// the image to itself, and opens it afterwards to go on.
 ///
@@ -38,8 +45,9 @@ const COMPRESSED_BYTES_MIN: u64 = 16;
 ///
 /// # Errors
 /// `NotFound`; `Unsupported` where the format has no room; `Corrupt` for a damaged image; `NoSpace`
-/// and `Io` of the host. The disk is what it was before, unless the error is that of the repair
-/// which a v2 image needs afterwards.
+/// and `Io` of the host: the disk is what it was before. `Failed`: it is that or the snapshot, which
+/// of them is not known, and nobody may write to the image before a power cut or a repair has
+/// decided. The error of the repair that a v2 image needs afterwards comes when it is the snapshot.
 pub async fn revert<S: Storage>(
     storage: S,
     file: FileId,
@@ -66,11 +74,14 @@ pub async fn revert<S: Storage>(
     let worker = image.worker(storage);
     let copied = worker.copy_root(selector).await;
     let closed = worker.close().await;
+    if worker.image().state() == State::Failed {
+        let cause = copied.err().or(closed.err());
+        return Err(cause.map_or_else(Image::failed_error, |error| {
+            error.into_failed("the image cannot be written")
+        }));
+    }
     let (entry, l1_offset, l1_size) = copied?;
     closed?;
-    if worker.image().state() == State::Failed {
-        return Err(Image::failed_error());
-    }
     let storage = worker.storage();
     let mut header = read_header(storage, file).await?;
     let before = header.size;
@@ -79,16 +90,29 @@ pub async fn revert<S: Storage>(
     header.size = entry.disk_size().unwrap_or(before);
     // Bitmaps say what has changed since some time: no longer.
     header.autoclear = 0;
-    let switched = switch(storage, file, &header, !has_room(&header)).await;
-    if switched.is_err() {
-        // The copy is a leak now. If that cannot be mended, it stays one.
-        if let Err(error) = check::check(storage, file, Repair::Leaks, &mut |_| ()).await {
-            log::warn!("cannot give back a copy of an L1 table: {}", error.chain());
+    let is_v2 = header.version < 3;
+    if is_v2 || !has_room(&header) {
+        match check::prepare_header(storage, file, header.clone(), is_v2).await {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Corrupt) => {
+                // Found out before anything was written: the copy is a leak now. If that cannot be
+                // mended, it stays one.
+                if let Err(error) = check::check(storage, file, Repair::Leaks, &mut |_| ()).await {
+                    log::warn!("cannot give back a copy of an L1 table: {}", error.chain());
+                }
+                return Err(error);
+            }
+            Err(error) if is_v2 => return Err(error.into_failed(UNKNOWN)),
+            Err(error) => return Err(error),
         }
     }
-    switched?;
+    // From here on an error leaves it open which tree the file names. Nothing may be written that is
+    // right for only one of them.
+    let switched = switch(storage, file, &header).await;
+    switched.map_err(|error| error.into_failed(UNKNOWN))?;
     if header.version < 3 {
-        let report = check::check(storage, file, Repair::All, &mut |_| ()).await?;
+        let checked = check::check(storage, file, Repair::All, &mut |_| ()).await;
+        let report = checked.map_err(|error| error.into_failed(UNREPAIRED))?;
         if !report.is_consistent() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -101,18 +125,9 @@ pub async fn revert<S: Storage>(
 }
 
 /// Puts the header in place that names the new tree.
-async fn switch<S: Storage>(
-    storage: &S,
-    file: FileId,
-    header: &Header,
-    look: bool,
-) -> Result<(), Error> {
-    let is_v2 = header.version < 3;
-    if is_v2 || look {
-        check::prepare_header(storage, file, header.clone(), is_v2).await?;
-    }
+async fn switch<S: Storage>(storage: &S, file: FileId, header: &Header) -> Result<(), Error> {
     let mut header = header.clone();
-    if !is_v2 {
+    if header.version >= 3 {
         header.incompatible |= INCOMPAT_DIRTY;
     }
     let source = Source::new(storage, file)?;

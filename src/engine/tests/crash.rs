@@ -1,21 +1,18 @@
-//! The power goes at every step.
+//! The power goes at every step of work on an image.
 //!
-//! A scenario runs several workers once; whenever an operation was submitted or has completed, the
-//! disk is copied as some power cuts would leave it (unflushed sectors kept or lost in random
-//! subsets, writes torn between sectors), and each copy is judged: consistent without a repair, every
-//! sector what it was at the last completed flush or a later version, the snapshot as ever, fit for
-//! more work.
+//! Several workers run a scenario once. Each state that a cut may leave (see `cuts`) is judged:
+//! consistent without a repair, every sector what it was at the last completed flush or a later
+//! version, the snapshot as ever, fit for more work.
 
 use std::collections::HashSet;
 
 use super::build::{Fill, Recipe};
-use super::support::{IMAGE, Mix, Rig, Violation, chaos, fingerprint, seeds, violation};
+use super::cuts::{self, Cuts, cut_tests};
+use super::support::{IMAGE, Mix, Rig, Violation, chaos};
 use crate::engine::OpenOptions;
 use crate::format::Header;
-use crate::storage::sim::{CutMode, Outcome, SimDisk};
+use crate::storage::sim::SimDisk;
 
-/// Distinct states that each scenario must reach.
-const STATES_MIN: usize = 500;
 /// Every so many states work goes on after the cut.
 const WORK_EVERY: usize = 6;
 
@@ -278,43 +275,15 @@ pub(super) fn run(
             ))
         })
         .collect();
-    loop {
-        let disk = rig.disk.clone();
-        let moment = move || (disk.ops(), disk.in_flight().len());
-        let before = moment();
-        let outcome = rig.driver.run_until(|| moment() != before);
-        rig.verdict()?;
-        if outcome == Outcome::Stuck {
-            if tasks.iter().all(|task| task.is_done()) {
-                break;
-            }
-            return violation("deadlock");
-        }
-        if seen.len() >= states_max {
-            continue;
-        }
-        for _ in 0..cuts {
-            let mode = match random.u8(..10) {
-                0 => CutMode::NothingUnflushed,
-                1 => CutMode::AllUnflushed,
-                2 | 3 => CutMode::AllButOneWrite,
-                _ => CutMode::Random,
-            };
-            let cut = rig.disk.power_cut(&mut random, mode);
-            if !seen.insert(fingerprint(&cut.contents(IMAGE))) {
-                continue;
-            }
-            let seed = random.u64(..);
-            let mut after = rig.after_cut(cut, seed);
-            let more_work = seen.len().is_multiple_of(WORK_EVERY);
-            if let Err(violation) = after.judge_cut(seed, more_work) {
-                let trace = rig.disk.trace();
-                return Err(Violation(format!(
-                    "{violation}\nbefore the cut ({mode:?}):\n{trace}"
-                )));
-            }
-        }
-    }
+    let mut power = Cuts {
+        cuts,
+        moments: 1,
+        states_max,
+        seen,
+    };
+    power.run(&mut rig, &tasks, &mut random, |mut after, seed, number| {
+        after.judge_cut(seed, number.is_multiple_of(WORK_EVERY))
+    })?;
     rig.close()?;
     rig.judge_closed()?;
     Ok(rig.disk)
@@ -339,41 +308,13 @@ fn growth_of_the_refcount_table_takes_place() {
 
 fn survives(name: &str) {
     let scenario = scenario(name);
-    let mut seen = HashSet::new();
-    let replay = std::env::var_os("SEED").is_some();
-    for seed in seeds(20) {
-        if let Err(violation) = run(&scenario, seed, 3, STATES_MIN + 100, &mut seen) {
-            panic!("{name}, SEED={seed}: {violation}");
-        }
-        if seen.len() >= STATES_MIN {
-            break;
-        }
-    }
-    assert!(
-        replay || seen.len() >= STATES_MIN,
-        "{name}: only {} distinct states",
-        seen.len()
-    );
+    cuts::survives(name, 20, |seed, states_max, seen| {
+        run(&scenario, seed, 3, states_max, seen).map(drop)
+    });
 }
 
-macro_rules! survives {
-    ($($test:ident: $name:literal,)*) => {
-        $(
-            #[test]
-            fn $test() {
-                survives($name);
-            }
-        )*
-
-        #[test]
-        fn every_scenario_has_its_test() {
-            let names = [$($name),*];
-            assert!(scenarios().iter().map(|scenario| scenario.name).eq(names));
-        }
-    };
-}
-
-survives! {
+cut_tests! {
+    scenarios, survives:
     a_cut_during_allocating_writes: "allocating writes",
     a_cut_during_overwrites: "overwrites",
     a_cut_during_copy_on_write: "copy on write of an image with a snapshot",

@@ -160,6 +160,31 @@ fn every_sync_fails_once() {
     every_operation_fails_once(OpKind::Sync);
 }
 
+/// Whoever closes an image may go on with it when that has failed: nothing is accepted then that no
+/// flush could make durable any more.
+#[test]
+fn every_sync_of_a_close_fails_the_image() {
+    let mut hits = 0;
+    for nth in 1.. {
+        let mut rig = Rig::new(recipes()[1].1, nth);
+        rig.open(&OpenOptions::default()).expect("opens");
+        rig.tolerant = true;
+        let client = rig.worker();
+        rig.disk.fail_nth_of(OpKind::Sync, nth, libc::EIO);
+        let closed = rig.block_on(async move {
+            client.write(0, 40).await?;
+            client.discard(64, 8).await?;
+            client.worker.close().await
+        });
+        if closed.is_ok() {
+            break;
+        }
+        hits += 1;
+        assert_eq!(rig.image().state(), State::Failed, "sync {nth}");
+    }
+    assert!(hits > 3, "{hits}");
+}
+
 /// The header's `fdatasync` fails while a flush waits for its own: the flush must not succeed.
 #[test]
 fn a_sync_that_succeeds_beside_a_failed_one_makes_nothing_durable() {

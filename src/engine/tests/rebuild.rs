@@ -87,7 +87,7 @@ fn damage(bytes: &mut [u8], random: &mut fastrand::Rng, zeroes: bool) {
 
 impl Rig {
     /// A damaged image of this recipe, not open yet.
-    fn damaged(recipe: Recipe, seed: u64) -> Self {
+    pub(super) fn damaged(recipe: Recipe, seed: u64) -> Self {
         let rig = Self::new(recipe, seed);
         let mut bytes = rig.disk.contents(IMAGE);
         let mut random = fastrand::Rng::with_seed(seed);
@@ -104,7 +104,7 @@ impl Rig {
     }
 
     /// Everything about an image that was open for long enough.
-    fn judge_settled(&mut self) -> Result<(), Violation> {
+    pub(super) fn judge_settled(&mut self) -> Result<(), Violation> {
         self.settle_down()?;
         self.close()?;
         if is_dirty(&self.disk.contents(IMAGE)) {

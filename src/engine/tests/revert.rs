@@ -37,7 +37,7 @@ async fn settle<S: Storage>(storage: S, specs: &[LayerSpec]) -> Result<(), Error
 
 // On the simulator.
 
-fn recipes() -> Vec<Recipe> {
+pub(super) fn recipes() -> Vec<Recipe> {
     let mixed = |cluster: u64| match cluster % 5 {
         0 | 1 => Fill::Data,
         2 => Fill::Compressed,
@@ -93,7 +93,7 @@ fn recipes() -> Vec<Recipe> {
 }
 
 /// An image that has gone on since its snapshot, closed.
-fn gone_on(recipe: Recipe, seed: u64) -> Result<Rig, Violation> {
+pub(super) fn gone_on(recipe: Recipe, seed: u64) -> Result<Rig, Violation> {
     let mut rig = Rig::new(recipe, seed);
     rig.open(&OpenOptions::default())?;
     let worker = rig.worker();
@@ -113,14 +113,14 @@ const SPECS: [LayerSpec; 1] = [LayerSpec {
     format: LayerFormat::Qcow2,
 }];
 
-fn revert_in(rig: &mut Rig) -> Option<Result<SnapshotInfo, Error>> {
+pub(super) fn revert_in(rig: &mut Rig) -> Option<Result<SnapshotInfo, Error>> {
     let storage: SimStorage = rig.disk.storage();
     rig.driver
         .block_on(async move { revert(storage, IMAGE, &named("one")).await })
 }
 
 /// Opens, settles and closes; the image is clean, and its snapshot as ever.
-fn judge(rig: &mut Rig, disk: &[u8]) -> Result<(), Violation> {
+pub(super) fn judge(rig: &mut Rig, disk: &[u8]) -> Result<(), Violation> {
     let storage = rig.disk.storage();
     let settled = rig
         .driver
@@ -138,6 +138,35 @@ fn judge(rig: &mut Rig, disk: &[u8]) -> Result<(), Violation> {
     }
     match &rig.snapshot {
         Some(content) if disk_of(rig, true)? != **content => violation("the snapshot has changed"),
+        _ => Ok(()),
+    }
+}
+
+/// QEMU repairs a copy, in which the disk and the snapshot are the same then.
+fn judge_by_qemu(rig: &Rig, disk: &[u8]) -> Result<(), Violation> {
+    let files = Files {
+        directory: tempfile::tempdir().expect("directory"),
+    };
+    let path = files.path("cut.qcow2");
+    rig.disk.export(IMAGE, &path).expect("a file");
+    let check = |repair: &[&str]| {
+        let mut command = Command::new("qemu-img");
+        command.args(["check", "-q", "-f", "qcow2"]).args(repair);
+        command.arg(&path).output().expect("qemu-img runs")
+    };
+    let repaired = check(&["-r", "all"]);
+    let checked = check(&[]);
+    if !checked.status.success() {
+        return violation(format!("QEMU's repair: {repaired:?}, then {checked:?}"));
+    }
+    let bytes = std::fs::read(&path).expect("an image");
+    if read_tree(&bytes, None, false).map_err(Violation)? != disk {
+        return violation("QEMU's repair: not the disk that it should be");
+    }
+    match &rig.snapshot {
+        Some(content) if read_tree(&bytes, None, true).map_err(Violation)? != **content => {
+            violation("QEMU's repair: the snapshot has changed")
+        }
         _ => Ok(()),
     }
 }
@@ -185,6 +214,8 @@ fn a_cut_of_a_revert_leaves_the_old_disk_or_the_new() {
             let is_new = disk_of(&after, false).expect("a disk") == *new;
             (old_seen, new_seen) = (old_seen + u32::from(!is_new), new_seen + u32::from(is_new));
             let disk = if is_new { &*new } else { &old };
+            judge_by_qemu(&after, disk)
+                .unwrap_or_else(|violation| panic!("{number}, cut at {step}: {violation}"));
             judge(&mut after, disk).unwrap_or_else(|violation| {
                 panic!("{number}, cut at {step}: {violation}\n{}", rig.disk.trace())
             });

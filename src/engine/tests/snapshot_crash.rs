@@ -10,14 +10,12 @@ use std::process::Command;
 use std::rc::Rc;
 
 use super::build::{read_snapshot, snapshot_entries};
+use super::cuts::{self, Cuts, cut_tests};
 use super::oracle::{CONCURRENT, Plan, Shelf, judge_shelf, plans, snapshots};
-use super::support::{IMAGE, Rig, Violation, chaos, fingerprint, seeds, violation};
+use super::support::{IMAGE, Rig, Violation, chaos, violation};
 use crate::engine::order::{Rule, break_rule};
 use crate::format::Header;
-use crate::storage::sim::{CutMode, Outcome, SimDisk};
 
-/// Distinct states that each plan must reach.
-const STATES_MIN: usize = 500;
 /// Every so many states QEMU repairs a copy.
 const QEMU_EVERY: usize = 40;
 
@@ -137,43 +135,20 @@ fn run(
     let (worker, disk) = (rig.worker(), rig.disk.clone());
     let work = snapshots(worker, disk, random.fork(), *plan, Rc::clone(&shelf));
     tasks.push(rig.driver.spawn(work));
-    loop {
-        let disk: SimDisk = rig.disk.clone();
-        let moment = move || (disk.ops(), disk.in_flight().len());
-        let before = moment();
-        let outcome = rig.driver.run_until(|| moment() != before);
-        rig.verdict()?;
-        if outcome == Outcome::Stuck {
-            if tasks.iter().all(|task| task.is_done()) {
-                break;
-            }
-            return violation("deadlock");
-        }
-        if seen.len() >= states_max || random.u8(..4) != 0 {
-            continue;
-        }
-        for _ in 0..cuts {
-            let mode = match random.u8(..10) {
-                0 => CutMode::NothingUnflushed,
-                1 => CutMode::AllUnflushed,
-                2 | 3 => CutMode::AllButOneWrite,
-                _ => CutMode::Random,
-            };
-            let cut = rig.disk.power_cut(&mut random, mode);
-            if !seen.insert(fingerprint(&cut.contents(IMAGE))) {
-                continue;
-            }
-            let seed = random.u64(..);
-            let after = rig.after_cut(cut, seed);
-            let by_qemu = seen.len().is_multiple_of(qemu_every);
-            if let Err(violation) = judge(after, &shelf.borrow(), seed, by_qemu) {
-                let trace = rig.disk.trace();
-                return Err(Violation(format!(
-                    "{violation}\nbefore the cut ({mode:?}):\n{trace}"
-                )));
-            }
-        }
-    }
+    let mut power = Cuts {
+        cuts,
+        moments: 4,
+        states_max,
+        seen,
+    };
+    power.run(&mut rig, &tasks, &mut random, |after, seed, number| {
+        judge(
+            after,
+            &shelf.borrow(),
+            seed,
+            number.is_multiple_of(qemu_every),
+        )
+    })?;
     rig.close()?;
     rig.judge_closed()?;
     judge_shelf(&rig.disk.contents(IMAGE), &shelf.borrow())
@@ -184,41 +159,13 @@ fn survives(name: &str) {
         .into_iter()
         .find(|plan| plan.name == name)
         .expect("a plan");
-    let mut seen = HashSet::new();
-    let replay = std::env::var_os("SEED").is_some();
-    for seed in seeds(40) {
-        if let Err(violation) = run(&plan, seed, 2, STATES_MIN + 50, QEMU_EVERY, &mut seen) {
-            panic!("{name}, SEED={seed}: {violation}");
-        }
-        if seen.len() >= STATES_MIN {
-            break;
-        }
-    }
-    assert!(
-        replay || seen.len() >= STATES_MIN,
-        "{name}: only {} distinct states",
-        seen.len()
-    );
+    cuts::survives(name, 40, |seed, states_max, seen| {
+        run(&plan, seed, 2, states_max, QEMU_EVERY, seen)
+    });
 }
 
-macro_rules! survives {
-    ($($test:ident: $name:literal,)*) => {
-        $(
-            #[test]
-            fn $test() {
-                survives($name);
-            }
-        )*
-
-        #[test]
-        fn every_plan_has_its_test() {
-            let names = [$($name),*];
-            assert!(plans().iter().map(|plan| plan.name).eq(names));
-        }
-    };
-}
-
-survives! {
+cut_tests! {
+    plans, survives:
     a_cut_with_data: "data",
     a_cut_of_an_empty_image: "an empty image",
     a_cut_with_small_clusters: "512-byte clusters",

@@ -24,7 +24,7 @@ use crate::storage::{AlignedBuf, FileId, SgList, Storage, block_on};
 use crate::units::{GuestOffset, to_u64, to_usize};
 
 pub(super) const IMAGE: FileId = FileId(0);
-const BASE: FileId = FileId(1);
+pub(super) const BASE: FileId = FileId(1);
 
 /// Something that must never happen has happened.
 #[derive(Clone, Debug)]
@@ -205,13 +205,12 @@ impl Rig {
     }
 
     pub(super) fn check(&self) -> Result<Report, Violation> {
+        self.check_file(IMAGE)
+    }
+
+    pub(super) fn check_file(&self, file: FileId) -> Result<Report, Violation> {
         self.disk.set_immediate(true);
-        let report = block_on(check(
-            &self.disk.storage(),
-            IMAGE,
-            Repair::None,
-            &mut |_| (),
-        ));
+        let report = block_on(check(&self.disk.storage(), file, Repair::None, &mut |_| ()));
         self.disk.set_immediate(false);
         report.map_err(|error| Violation(format!("check fails: {}", error.chain())))
     }
