@@ -302,6 +302,32 @@ def snapshots_cut(image):
     image["snapshots_offset"] = end
 
 
+def not_closed(image):
+    """Leaves what a repair would find to do: the dirty bit, and a count that is too high."""
+    image["incompatible_features"] |= qcow2.INCOMPAT_DIRTY
+    image.set_refcount(image.host_offset(0), 3)
+
+
+@broken("bad-dirty-snapshots-cut", SNAPSHOTS, **more)
+def dirty_snapshots_cut(image):
+    """No repair makes up for a lost snapshot table, so none may begin."""
+    snapshots_cut(image)
+    not_closed(image)
+
+
+@broken("bad-dirty-snapshot-l1-beyond", SNAPSHOTS, small=True, **more)
+def dirty_snapshot_l1_beyond(image):
+    image.set_snapshot(image.snapshot_offsets()[1], "l1_table_offset", 1 << 40)
+    not_closed(image)
+
+
+@broken("bad-dirty-and-corrupt", "corrupt", small=True, also_read_only=False)
+def dirty_and_corrupt(image):
+    """Whoever marked it corrupt wants to be asked before it is repaired."""
+    not_closed(image)
+    image["incompatible_features"] |= qcow2.INCOMPAT_CORRUPT
+
+
 # --- Truncated files ---
 
 for length in (0, 4, 71, 103):

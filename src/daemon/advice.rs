@@ -22,9 +22,13 @@ pub fn advice(error: &DaemonError, config: &ServeConfig) -> Option<&'static str>
     if !matches!(error, DaemonError::Image { .. }) {
         return None;
     }
-    if has_cause(error, |cause: &FormatError| {
-        matches!(cause, FormatError::Truncated { found: 0, .. })
-    }) {
+    let is_empty = std::fs::metadata(&config.image.path)
+        .is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0);
+    if is_empty
+        && has_cause(error, |cause: &FormatError| {
+            matches!(cause, FormatError::Truncated { found: 0, .. })
+        })
+    {
         return Some("the file is empty; 'qblkd create' makes an image");
     }
     (!config.image.read_only && can_only_be_read(&config.image.path))

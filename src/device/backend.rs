@@ -21,6 +21,7 @@ use vmm_sys_util::event::{
 use super::bitmap::{DirtyBitmap, RegionLog};
 use super::config_space::ConfigSpace;
 use super::guest_buf::{SharedMemory, bitmap_of};
+use super::lost_memory::Watch;
 use super::vring::{FrameworkMemory, Vring, VringControl};
 use super::worker::{WorkerHandle, set_memory};
 
@@ -38,6 +39,8 @@ struct State {
     /// A region's view of the dirty log, to put the log back after a change of the memory table:
     /// the framework gives new regions none.
     log: Option<RegionLog>,
+    /// Watches the memory in use. Before it, so that it is dropped first.
+    watch: Option<Watch>,
     /// The memory in use.
     memory: Option<Arc<SharedMemory>>,
     /// What ends the framework's ring thread. Made before the framework asks: without it, that
@@ -86,7 +89,9 @@ impl Backend {
     /// Lets go of guest memory. After `close_rings`, when the framework's loop has ended.
     pub(super) fn release_memory(&self) {
         set_memory(&self.workers, None);
-        self.lock().memory = None;
+        let mut state = self.lock();
+        state.watch = None;
+        state.memory = None;
     }
 
     /// The descriptors that the framework leaves open, to be closed after it is gone.
@@ -172,12 +177,19 @@ impl VhostUserBackend for Backend {
 
     fn update_memory(&self, memory: FrameworkMemory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
-        {
+        let watch = Watch::new(memory.iter().map(|region| {
+            let first = region.as_ptr().cast_const();
+            (first, first.wrapping_add(region.size().saturating_sub(1)))
+        }));
+        let old = {
             let mut state = self.lock();
             Self::carry_log(&mut state, &memory);
-            state.memory = Some(Arc::clone(&memory));
-        }
+            let old_memory = state.memory.replace(Arc::clone(&memory));
+            (state.watch.replace(watch), old_memory)
+        };
         set_memory(&self.workers, Some(&memory));
+        // The watch first, then the memory, which no worker uses any more.
+        drop(old);
         for control in &self.controls {
             control.retry();
         }

@@ -20,6 +20,8 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::NewBitmap;
 use vm_memory::{Address, GuestMemoryRegion};
 
+use super::lost_memory::Watch;
+
 /// vhost-user: the log has one bit for each 4 KiB of guest physical address space.
 const LOG_PAGE_SHIFT: u32 = 12;
 /// Pages that one byte of the log covers.
@@ -36,6 +38,8 @@ pub(super) fn log_epoch() -> u64 {
 /// The front-end's log, as seen from one memory region.
 #[derive(Debug, Clone)]
 pub(super) struct RegionLog {
+    /// Watches the region's part of `log`. Before it, so that it is dropped first.
+    _watch: Arc<Watch>,
     log: Arc<MmapLogReg>,
     /// Number of the region's first page in the log, which starts at guest physical address 0.
     first_page: u64,
@@ -94,10 +98,14 @@ impl MemRegionBitmap for RegionLog {
         // The framework's own view is made only for its check that the log covers the region: the
         // length of the mapping is visible to nobody else, and indexing past it panics.
         AtomicBitmapMmap::new(region, Arc::clone(&log))?;
+        let (first_page, last_page) = (start >> LOG_PAGE_SHIFT, last >> LOG_PAGE_SHIFT);
+        let byte = |page: u64| log[(page / PAGES_PER_BYTE) as usize].as_ptr().cast_const();
+        let watch = Watch::new(std::iter::once((byte(first_page), byte(last_page))));
         Ok(Self {
+            _watch: Arc::new(watch),
             log,
-            first_page: start >> LOG_PAGE_SHIFT,
-            page_count: (last >> LOG_PAGE_SHIFT) - (start >> LOG_PAGE_SHIFT) + 1,
+            first_page,
+            page_count: last_page - first_page + 1,
             page_offset: start & ((1 << LOG_PAGE_SHIFT) - 1),
         })
     }

@@ -2,7 +2,8 @@
 //!
 //! [`Server`] is the face for the daemon. Inside: `front_door` accepts front-ends and relays them to
 //! the framework; `backend` and `vring` are what the framework sees; `worker` threads serve the
-//! rings (`queue`), parse requests (`request`) over guest memory (`guest_buf`, `bitmap`) and run the
+//! rings (`queue`), parse requests (`request`) over guest memory (`guest_buf`, `bitmap`, `lost_memory`)
+//! and run the
 //! engine's asynchronous path on an `executor`. `config_space` is what the device says about itself.
 //!
 //! Knows virtio and vhost-user, nothing of qcow2.
@@ -17,6 +18,7 @@ mod error;
 mod executor;
 mod front_door;
 mod guest_buf;
+mod lost_memory;
 mod queue;
 mod request;
 mod stats;

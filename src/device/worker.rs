@@ -37,6 +37,7 @@ use super::config_space::ConfigSpace;
 use super::error::{DeviceError, RingError, level_of, status_of};
 use super::executor::{Doorbell, Executor};
 use super::guest_buf::{GuestMemory, SharedMemory};
+use super::lost_memory::losses;
 use super::queue::{ServedRing, ring_fence};
 use super::request::{
     Buffers, Command, Limits, Refusal, SECTOR_SIZE, SERIAL_SIZE, Segment, Status, parse,
@@ -437,6 +438,8 @@ struct Worker {
     exiting: bool,
     /// Value of the log epoch that `log_on` was found at.
     log_epoch: u64,
+    /// Losses of guest memory when `memory` was new.
+    losses: u64,
     log_on: bool,
     /// For waits with requests in flight, which the host ends.
     poll_host: PollWindow,
@@ -473,6 +476,7 @@ impl Worker {
             doorbell_armed: false,
             exiting: false,
             log_epoch: log_epoch(),
+            losses: losses(),
             log_on: false,
             poll_host: PollWindow::new(parts.poll_max),
             poll_driver: PollWindow::new(parts.poll_max),
@@ -670,6 +674,7 @@ impl Worker {
                 place.ring.remap(self.memory.as_ref());
             }
             self.log_epoch = log_epoch();
+            self.losses = losses();
             self.log_on = self.memory.as_ref().is_some_and(|memory| memory.has_log());
             let _ = reply.send(());
         }
@@ -743,6 +748,12 @@ impl Worker {
             Some(ring_memory) => parse(ring_memory, memory, head, &self.limits, &mut slot.buffers),
             None => Err(Refusal::NoStatus),
         };
+        if losses() != self.losses {
+            place.ring.abandon("guest memory has been taken away");
+            slot.buffers.clear();
+            self.free.push(slot_index);
+            return false;
+        }
         match parsed {
             Ok(command) => self.perform(slot_index, command, pin),
             Err(Refusal::Status(status)) => {

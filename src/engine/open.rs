@@ -300,10 +300,12 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
 /// untrusted counts, or repaired first where that cannot be.
 async fn parse_for_writing<S: Storage>(storage: &S, file: FileId) -> Result<Parsed, Error> {
     let header = read_header(storage, file).await?;
-    if !header.is_dirty() {
+    if !header.is_dirty() || header.is_corrupt() {
         return parse(storage, file, false).await;
     }
-    if storage.can_grow(file) && !header.is_corrupt() {
+    // What no repair mends is refused before a repair writes.
+    tables(storage, file, &header, file_len(storage, file)?).await?;
+    if storage.can_grow(file) {
         match parse(storage, file, false).await {
             Ok(mut parsed) => {
                 if let Some(end) = untrusted_end(storage, file, &parsed).await? {
@@ -438,48 +440,20 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
     }
     let file_len = file_len(storage, file)?;
     let geometry = header.geometry();
-    let mut places = vec![("header", 0..1)];
-    let l1_bytes = u64::from(header.l1_size) * 8;
-    let l1_offset = header.l1_table_offset.get();
-    places.push(place("L1 table", geometry, l1_offset, l1_bytes, file_len)?);
+    let mut tables = tables(storage, file, &header, file_len).await?;
     let table_offset = header.refcount_table_offset.get();
     let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
-    places.push(place(
+    tables.places.push(place(
         "refcount table",
         geometry,
         table_offset,
         table_bytes,
         file_len,
     )?);
-
-    let l1_used = geometry
-        .l1_entries_for(header.size)
-        .min(u64::from(header.l1_size));
-    let l1 = read(storage, file, l1_offset, l1_used * 8, "L1 table").await?;
-    let l1: Box<[u64]> = words(&l1).collect();
     let mut refcount_table = Vec::new();
     if !read_only {
         let table = read(storage, file, table_offset, table_bytes, "refcount table").await?;
         refcount_table = words(&table).collect();
-    }
-    let snapshots = snapshots(storage, file, &header, file_len).await?;
-    let snapshot_bytes = snapshots.1;
-    if header.snapshot_count > 0 {
-        let offset = header.snapshot_table_offset.get();
-        places.push(place(
-            "snapshot table",
-            geometry,
-            offset,
-            snapshot_bytes,
-            file_len,
-        )?);
-    }
-    for (index, snapshot) in snapshots.0.iter().enumerate() {
-        let bytes = u64::from(snapshot.l1_size) * 8;
-        let name = "L1 table of a snapshot";
-        let place = place(name, geometry, snapshot.l1_offset.get(), bytes, file_len)
-            .map_err(|error| error.context(format!("snapshot {index} is damaged")))?;
-        places.push(place);
     }
     for (index, raw) in refcount_table
         .iter()
@@ -501,25 +475,80 @@ async fn parse<S: Storage>(storage: &S, file: FileId, read_only: bool) -> Result
             ));
         }
         let cluster = offset >> geometry.cluster_bits();
-        places.push(("refcount block", cluster..cluster + 1));
+        let block = ("refcount block", cluster..cluster + 1);
+        tables.places.push(block);
     }
-    disjoint(places.clone())?;
-    let protected = Protected::new(places.into_iter().map(|(_, clusters)| clusters).collect());
+    disjoint(tables.places.clone())?;
+    let places = tables.places.into_iter();
+    let protected = Protected::new(places.map(|(_, clusters)| clusters).collect());
     let snapshots = Table {
-        entries: snapshots.0,
+        entries: tables.snapshots,
         pending: Vec::new(),
         start: header.snapshot_table_offset.get() >> geometry.cluster_bits(),
-        count: geometry.clusters_for(snapshot_bytes),
+        count: geometry.clusters_for(tables.snapshot_bytes),
     };
     Ok(Parsed {
         header,
         snapshots,
-        l1,
+        l1: tables.l1,
         refcount_table,
         protected,
         file_len,
         managed_end: file_len,
         untrusted: false,
+    })
+}
+
+/// What a repair needs to find whole, and leaves where it is.
+struct Tables {
+    /// The active L1 table, as far as the disk reaches.
+    l1: Box<[u64]>,
+    snapshots: Vec<SnapshotEntry>,
+    /// Length of the snapshot table.
+    snapshot_bytes: u64,
+    /// Clusters of the header, the L1 tables and the snapshot table; no two of them overlap.
+    places: Vec<(&'static str, Range<u64>)>,
+}
+
+async fn tables<S: Storage>(
+    storage: &S,
+    file: FileId,
+    header: &Header,
+    file_len: u64,
+) -> Result<Tables, Error> {
+    let geometry = header.geometry();
+    let mut places = vec![("header", 0..1)];
+    let l1_bytes = u64::from(header.l1_size) * 8;
+    let l1_offset = header.l1_table_offset.get();
+    places.push(place("L1 table", geometry, l1_offset, l1_bytes, file_len)?);
+    let l1_used = geometry
+        .l1_entries_for(header.size)
+        .min(u64::from(header.l1_size));
+    let l1 = read(storage, file, l1_offset, l1_used * 8, "L1 table").await?;
+    let (snapshots, snapshot_bytes) = snapshots(storage, file, header, file_len).await?;
+    if header.snapshot_count > 0 {
+        let offset = header.snapshot_table_offset.get();
+        places.push(place(
+            "snapshot table",
+            geometry,
+            offset,
+            snapshot_bytes,
+            file_len,
+        )?);
+    }
+    for (index, snapshot) in snapshots.iter().enumerate() {
+        let bytes = u64::from(snapshot.l1_size) * 8;
+        let name = "L1 table of a snapshot";
+        let place = place(name, geometry, snapshot.l1_offset.get(), bytes, file_len)
+            .map_err(|error| error.context(format!("snapshot {index} is damaged")))?;
+        places.push(place);
+    }
+    disjoint(places.clone())?;
+    Ok(Tables {
+        l1: words(&l1).collect(),
+        snapshots,
+        snapshot_bytes,
+        places,
     })
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, Permissions};
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
@@ -313,6 +313,25 @@ fn an_empty_file_is_called_empty() {
     fs::write(&file, []).unwrap();
     let said = refusal(arguments(&file, &[]));
     assert!(said.contains("the file is empty"), "{said}");
+}
+
+/// The snapshot table lay past the end of the file, and the advice was to create an image over it.
+#[test]
+fn a_damaged_image_is_not_called_empty() {
+    let (_dir, file) = image();
+    let words = [OsStr::new("snapshot"), OsStr::new("create"), "s".as_ref()];
+    let target = [OsStr::new("--blk-file"), file.as_os_str()];
+    run(QBLKD, [words.as_slice(), &target].concat())
+        .unwrap()
+        .success()
+        .unwrap();
+    let image = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    image
+        .write_all_at(&(1_u64 << 40).to_be_bytes(), 64)
+        .unwrap();
+    let said = refusal(arguments(&file, &[]));
+    assert!(said.contains("snapshot table is damaged"), "{said}");
+    assert!(!said.contains("empty"), "{said}");
 }
 
 #[test]

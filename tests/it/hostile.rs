@@ -487,3 +487,30 @@ fn memory_that_goes_away_under_load_is_let_go() {
         Ok(())
     });
 }
+
+/// A request of which one descriptor lies in memory that the front-end has cut off: looking there was
+/// a bus error, which ended the process.
+#[test]
+fn memory_that_is_shortened_under_a_request_costs_the_ring_alone() {
+    const LOST: u64 = DATA + 0x1_0000;
+    const PLACES: [[u64; 3]; 3] = [
+        [LOST, DATA, STATUS],
+        [HEADER, LOST, STATUS],
+        [HEADER, DATA, LOST],
+    ];
+    let name = "memory_that_is_shortened_under_a_request_costs_the_ring_alone";
+    attack(name, |victim, _| {
+        for [header, data, status] in PLACES {
+            let mut driver = Driver::connect(&victim.server.socket)?;
+            driver.lay_out(IN, 0, 512, WRITE)?;
+            driver.descriptor(0, header, 16, NEXT, 1)?;
+            driver.descriptor(1, data, 512, NEXT | WRITE, 2)?;
+            driver.descriptor(2, status, 1, WRITE, 0)?;
+            driver.shorten_memory(LOST)?;
+            driver.submit(&[0])?;
+            wait_until_taken(&driver)?;
+            driver.stop_ring()?;
+        }
+        Ok(())
+    });
+}

@@ -38,6 +38,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/device/bitmap.rs",
     "src/device/front_door.rs",
     "src/device/guest_buf.rs",
+    "src/device/lost_memory.rs",
     "src/device/vring.rs",
     "src/storage/buffer.rs",
     "src/storage/file.rs",

@@ -156,6 +156,13 @@ impl<S: Storage> Repairer<'_, '_, S> {
         }
         step(1);
         let rebuild = self.survey.rebuild_needed;
+        if rebuild && let Some(end) = self.dangling_in_reach() {
+            // The new structure goes behind these clusters, which then lie inside of the file:
+            // with a count of zero they would be handed out while entries name them.
+            self.source.grow(end * self.geometry.cluster_size()).await?;
+            self.source.sync().await?;
+            self.survey = survey(self.source, &Layout::new(&self.header), &mut |_| ()).await?;
+        }
         if rebuild {
             for cluster in &self.survey.refcount_clusters {
                 self.survey.refs.remove(*cluster, 1);
@@ -476,6 +483,15 @@ impl<S: Storage> Repairer<'_, '_, S> {
             ErrorKind::NoSpace,
             format!("no {count} free clusters in a row for a new refcount structure"),
         ))
+    }
+
+    /// Where the entries end that point past the end of the file, in clusters, if there are any and
+    /// the file may grow over them.
+    fn dangling_in_reach(&self) -> Option<u64> {
+        let end = self.geometry.clusters_for(self.survey.report.dangling_end);
+        let file_end = self.geometry.clusters_for(self.source.len);
+        let in_reach = file_end + 1..=file_end + DANGLING_CLUSTERS_MAX;
+        (self.source.can_grow() && in_reach.contains(&end)).then_some(end)
     }
 
     /// Where a refcount block is that can be repaired in place.

@@ -381,6 +381,23 @@ fn data_past_the_end_of_the_file_stays() {
     }
 }
 
+/// The new refcount structure went behind the cluster that an entry names past the end of the file.
+/// The file had grown over that cluster then, and its count said that it is free.
+#[test]
+fn rebuild_counts_what_the_file_grows_over() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_image(dir.path(), "compat=1.1");
+    let words = Words::open(&path);
+    words.set(words.reftable(), 0);
+    words.set(words.l2() + 8 * 50, 0x1000_0000);
+    let repaired = check_file(&path, Repair::All).unwrap();
+    assert!(repaired.is_clean(), "{:#?}", repaired.problems);
+    must(&format!("qemu-img check {}", path.display()));
+}
+
 #[test]
 fn l2_table_past_the_end_of_the_file_frees_nothing() {
     if have_qemu() {

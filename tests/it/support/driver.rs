@@ -116,6 +116,11 @@ impl Driver {
         Ok(())
     }
 
+    /// Makes guest memory end here, for the device as well: whoever looks past it gets a bus error.
+    pub(crate) fn shorten_memory(&self, length: u64) -> Result<(), Failure> {
+        Ok(self.backing.set_len(length)?)
+    }
+
     /// Where a guest address is in the front-end; also for addresses that are not in its memory.
     fn user_address(&self, guest_address: u64) -> Result<u64, Failure> {
         let start = self.memory.get_host_address(GuestAddress(0))?;
