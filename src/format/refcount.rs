@@ -223,6 +223,22 @@ pub fn lower(
     Ok(())
 }
 
+/// The highest refcount in `block`.
+///
+/// # Panics
+///
+/// If `order` is above 6.
+#[must_use]
+pub fn highest(block: &[u8], order: u32) -> u64 {
+    if order == 4 {
+        // This compiles to vector instructions.
+        let refcounts = block.as_chunks().0.iter().copied().map(u16::from_be_bytes);
+        return u64::from(refcounts.fold(0, u16::max));
+    }
+    let refcounts = (0..count(block, order)).map(|index| get(block, order, index));
+    refcounts.max().unwrap_or(0)
+}
+
 /// The largest refcount of 2^`order` bits.
 #[must_use]
 #[expect(
@@ -330,6 +346,22 @@ fn wrong_order(order: u32) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_highest_is_found_at_every_width_and_place() {
+        for order in 0..=6 {
+            let mut block = vec![0; 512];
+            assert_eq!(highest(&block, order), 0);
+            let last = count(&block, order) - 1;
+            set(&mut block, order, last / 2, 1);
+            assert_eq!(highest(&block, order), 1, "{order}");
+            for index in [0, last] {
+                set(&mut block, order, index, most(order));
+                assert_eq!(highest(&block, order), most(order), "{order}");
+                set(&mut block, order, index, 0);
+            }
+        }
+    }
 
     #[test]
     fn free_indices_are_those_with_a_count_of_zero() {

@@ -6,8 +6,9 @@
 //! it are let go when they are in the file, so that the budget stays with the requests.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
-use futures_util::stream::{self, TryStreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::blocks::BlockCopy;
 use super::{Allocator, Quarantined};
@@ -212,6 +213,119 @@ impl Allocator {
             state.blocks.give_back(block);
         }
         Ok(said)
+    }
+
+    /// The highest of all counts.
+    ///
+    /// # Errors
+    /// `Io`/`Corrupt` when a refcount block cannot be read.
+    pub(crate) async fn highest_count<S: Storage>(&self, storage: &S) -> Result<u64, Error> {
+        let order = self.geometry.refcount_order();
+        let mut highest = 0;
+        self.look_through(storage, 0..self.blocks_max(), |_, counts| {
+            highest = refcount::highest(counts, order).max(highest);
+            true
+        })
+        .await?;
+        Ok(highest)
+    }
+
+    /// A cluster among these whose count is what is looked for, and the count.
+    ///
+    /// # Errors
+    /// As for [`Self::highest_count`].
+    pub(crate) async fn find_count<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: Range<u64>,
+        is_it: impl Fn(u64, u64) -> bool,
+    ) -> Result<Option<(u64, u64)>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let blocks = clusters.start / entries..clusters.end.div_ceil(entries);
+        let mut found = None;
+        self.look_through(storage, blocks, |block, counts| {
+            let first = block * entries;
+            let here = clusters.start.max(first)..clusters.end.min(first + entries);
+            found = here
+                .map(|cluster| {
+                    (
+                        cluster,
+                        refcount::get(counts, order, to_usize(cluster - first)),
+                    )
+                })
+                .find(|(cluster, count)| is_it(*cluster, *count));
+            found.is_none()
+        })
+        .await?;
+        Ok(found)
+    }
+
+    /// Shows the counts of each block that there is, until `see` says that it has seen enough: from
+    /// memory where they are there, else from the file, past the budget. A count that changes meanwhile
+    /// is seen before or after.
+    async fn look_through<S: Storage>(
+        &self,
+        storage: &S,
+        blocks: Range<u64>,
+        mut see: impl FnMut(u64, &[u8]) -> bool,
+    ) -> Result<(), Error> {
+        let cluster_size = self.geometry.cluster_size();
+        let most = (BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
+        let end = blocks.end.min(self.blocks_max());
+        let mut next = blocks.start;
+        while next < end {
+            // Pieces of the file, each with its first block and how many there are.
+            let mut absent: Vec<(u64, u64, u64)> = Vec::new();
+            for block in next..end.min(next + most) {
+                let (counts, host_offset, end) = {
+                    let state = lock(&self.state);
+                    let counts: Option<Box<[u8]>> = state.blocks.peek(block).map(Box::from);
+                    (counts, state.blocks.table_entry(block), state.end)
+                };
+                if let Some(counts) = counts {
+                    if !see(block, &counts) {
+                        return Ok(());
+                    }
+                    continue;
+                }
+                if host_offset == 0 {
+                    continue;
+                }
+                self.check_block_offset(block, host_offset, end)?;
+                match absent.last_mut() {
+                    Some((start, first, count))
+                        if (*start + *count * cluster_size, *first + *count)
+                            == (host_offset, block) =>
+                    {
+                        *count += 1;
+                    }
+                    _ => absent.push((host_offset, block, 1)),
+                }
+            }
+            next += most;
+            let mut reads = stream::iter(absent)
+                .map(|(start, first, count)| async move {
+                    let buf = AlignedBuf::zeroed(to_usize(count * cluster_size));
+                    let (read, buf) = storage.read_buf(self.file, start, buf).await;
+                    let fault = |error| {
+                        Error::io(
+                            format!("cannot read the refcount block at {start:#x}"),
+                            error,
+                        )
+                    };
+                    read.map(|()| (first, buf)).map_err(fault)
+                })
+                .buffered(IN_FLIGHT);
+            while let Some((first, buf)) = reads.try_next().await? {
+                for (block, counts) in (first..).zip(buf.chunks_exact(to_usize(cluster_size))) {
+                    if !see(block, counts) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes some lagging blocks; returns how many bytes.

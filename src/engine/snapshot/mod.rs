@@ -14,13 +14,13 @@
 
 mod background;
 mod commit;
-mod compressed;
 mod delete;
 mod flags;
 mod freeze;
 mod rebuild;
 mod reown;
 mod revert;
+mod room;
 mod settle;
 mod table;
 mod walk;
@@ -201,6 +201,8 @@ pub(crate) struct Snapshots {
     pub(crate) stay_dirty: AtomicBool,
     /// How far the first item of the queue is; held while a step is done.
     background: async_lock::Mutex<background::Background>,
+    /// What is known of counts; changes while the table is held.
+    known: Mutex<room::Known>,
     last_key: AtomicU64,
 }
 
@@ -215,6 +217,7 @@ impl Snapshots {
             rebuild: async_lock::Mutex::default(),
             stay_dirty: AtomicBool::new(false),
             background: async_lock::Mutex::default(),
+            known: Mutex::default(),
             last_key: AtomicU64::new(0),
         }
     }

@@ -4,7 +4,7 @@
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
 use crate::engine::{BackgroundKind, ErrorKind, OpenOptions, Step};
-use crate::format::Header;
+use crate::format::{Header, refcount};
 use crate::storage::sim::{OpKind, yield_now};
 
 fn mixed(cluster: u64) -> Fill {
@@ -380,6 +380,141 @@ fn compressed_data_without_room_in_its_refcount_is_refused_before_the_instant() 
         });
         done(rig);
     }
+}
+
+/// An image of which one cluster, the table at `0` or the data of an entry of it, has another count
+/// in the file. The copied flags that contradict it go.
+fn counted(recipe: Recipe, which: Option<u64>, count: u64) -> Rig {
+    let rig = Rig::new(recipe, 1);
+    let bytes = rig.disk.contents(IMAGE);
+    let header = Header::decode(&bytes).expect("a header");
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    };
+    let copied = 1 << 63;
+    let mut at = header.l1_table_offset.get();
+    if let Some(index) = which {
+        at = (word(at) & 0x00ff_ffff_ffff_fe00) + index * 8;
+    }
+    let entry = word(at) & !copied;
+    rig.disk.poke(IMAGE, at, &entry.to_be_bytes());
+    let cluster = (entry & 0x00ff_ffff_ffff_ffff) >> recipe.cluster_bits;
+    let block = word(header.refcount_table_offset.get());
+    let geometry = recipe.geometry();
+    let bytes_per_count = (1 << geometry.refcount_order()) / 8;
+    let raw = count.to_be_bytes();
+    let raw = &raw[8 - usize::try_from(bytes_per_count).expect("small")..];
+    rig.disk.poke(IMAGE, block + cluster * bytes_per_count, raw);
+    rig
+}
+
+fn full(order: u32, which: Option<u64>, count: u64) -> Rig {
+    let recipe = Recipe {
+        refcount_order: order,
+        ..all_data()
+    };
+    let mut rig = counted(recipe, which, count);
+    rig.open(&OpenOptions::default()).expect("opens");
+    rig
+}
+
+/// A count that nothing explains is at its maximum: a settle could not add to it.
+#[test]
+fn a_count_without_room_is_refused_before_the_instant_at_every_width() {
+    for order in 3..=6 {
+        for which in [None, Some(3)] {
+            let mut rig = full(order, which, refcount::most(order));
+            let client = rig.worker();
+            let refused = rig.block_on(async move {
+                // Not in the table at stake: it would be copied.
+                client.write(5000, 9).await.expect("a write");
+                let refused = client.snapshot("a").await.expect_err("no room");
+                client.write(5008, 9).await.expect("a write");
+                refused
+            });
+            assert_eq!(refused.kind(), ErrorKind::Unsupported, "{order}");
+            assert!(refused.to_string().contains("have no room"), "{refused}");
+            assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+        }
+    }
+}
+
+/// Room for two: snapshots that are not settled yet need it, too, and a deleted one gives it back.
+#[test]
+fn snapshots_that_are_not_settled_count_for_the_room_of_the_next() {
+    for order in 3..=6 {
+        for settle_first in [true, false] {
+            let mut rig = full(order, Some(3), refcount::most(order) - 2);
+            let client = rig.worker();
+            rig.block_on(async move {
+                for name in ["a", "b"] {
+                    client.snapshot(name).await.expect("there is room");
+                    if settle_first {
+                        client.settle().await;
+                    }
+                }
+                let refused = client.snapshot("c").await.expect_err("no room");
+                assert_eq!(refused.kind(), ErrorKind::Unsupported);
+                client.settle().await;
+                client.delete("a").await.expect("a delete");
+                client.settle().await;
+                client.snapshot("c").await.expect("there is room again");
+                client.settle().await;
+            });
+            assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+        }
+    }
+}
+
+/// A cluster that no snapshot would share may be counted as high as it likes.
+#[test]
+fn a_high_count_that_the_snapshot_does_not_share_is_no_reason_to_refuse() {
+    let mut rig = full(4, Some(3), refcount::most(4));
+    let client = rig.worker();
+    rig.block_on(async move {
+        // The cluster is copied: its count is the image's own business now.
+        client.write(3 * 8, 8).await.expect("a write");
+        client.flush().await.expect("a flush");
+        client.snapshot("a").await.expect("a snapshot");
+        client.settle().await;
+    });
+    assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+}
+
+/// More than half of the counts of 16 bits can say, in one host cluster of compressed data.
+#[test]
+fn compressed_data_can_fill_a_count_of_16_bits() {
+    const PIECES: u64 = 40_000;
+    let recipe = Recipe {
+        fill: |cluster| match cluster {
+            0 => Fill::Compressed,
+            _ => Fill::Zero,
+        },
+        ..Recipe::plain(9, PIECES << 9)
+    };
+    let mut rig = counted(recipe, Some(0), PIECES);
+    let bytes = rig.disk.contents(IMAGE);
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    };
+    let l1 = Header::decode(&bytes)
+        .expect("a header")
+        .l1_table_offset
+        .get();
+    let table = |index: u64| word(l1 + index * 8) & 0x00ff_ffff_ffff_fe00;
+    let compressed = word(table(0));
+    for piece in 1..PIECES {
+        let at = table(piece / 64) + piece % 64 * 8;
+        rig.disk.poke(IMAGE, at, &compressed.to_be_bytes());
+    }
+    rig.open(&OpenOptions::default()).expect("opens");
+    let client = rig.worker();
+    let refused = rig.block_on(async move { client.snapshot("a").await });
+    let refused = refused.expect_err("80000 references");
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    assert!(refused.to_string().contains("compressed"), "{refused}");
 }
 
 /// A damaged entry in a snapshot's table must not become a count of something else.
