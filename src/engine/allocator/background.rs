@@ -21,6 +21,9 @@ use crate::units::{to_u64, to_usize};
 const RUNS_PER_LOCK: usize = 4096;
 /// Bytes of refcount blocks that are loaded, changed and written together.
 const BYTES_AT_ONCE: u64 = 1 << 20;
+/// Bytes of refcount blocks that are looked at together, and of one read of them (at least one block).
+const LOOKED_AT_BYTES: u64 = 4 << 20;
+const PIECE_BYTES: u64 = 256 << 10;
 /// Blocks in flight at a time.
 const IN_FLIGHT: usize = 16;
 /// Clusters of a run in quarantine: what freeing one run does under the lock.
@@ -124,7 +127,7 @@ impl Allocator {
         let Some(counts) = state.blocks.lag(block) else {
             return Ok(0);
         };
-        let mut zeroed = Vec::new();
+        let mut zeroed: Vec<Range<u64>> = Vec::new();
         let mut changed = 0;
         let mut clusters = 0;
         for run in runs.iter().take(RUNS_PER_LOCK) {
@@ -135,7 +138,11 @@ impl Allocator {
             let result = match change {
                 Change::Raise => refcount::raise(counts, order, index, count),
                 Change::Lower { .. } => refcount::lower(counts, order, index, count, |at| {
-                    zeroed.push(block * entries + to_u64(at));
+                    let cluster = block * entries + to_u64(at);
+                    match zeroed.last_mut() {
+                        Some(last) if last.end == cluster => last.end += 1,
+                        _ => zeroed.push(cluster..cluster + 1),
+                    }
                 }),
             };
             if let Err(at) = result {
@@ -261,6 +268,33 @@ impl Allocator {
         Ok(found)
     }
 
+    /// Of these clusters, which are whole blocks, those with exactly one reference, one bit each.
+    ///
+    /// # Errors
+    /// As for [`Self::highest_count`].
+    pub(crate) async fn one_reference_bits<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: Range<u64>,
+    ) -> Result<Box<[u64]>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let blocks = clusters.start / entries..clusters.end.div_ceil(entries);
+        let mut bits = vec![0; to_usize((clusters.end - clusters.start).div_ceil(64))];
+        self.look_through(storage, blocks, |block, counts| {
+            // A block has at least 64 counts.
+            let first = to_usize((block * entries - clusters.start) / 64);
+            refcount::ones(
+                counts,
+                order,
+                &mut bits[first..first + to_usize(entries / 64)],
+            );
+            true
+        })
+        .await?;
+        Ok(bits.into_boxed_slice())
+    }
+
     /// Shows the counts of each block that there is, until `see` says that it has seen enough: from
     /// memory where they are there, else from the file, past the budget. A count that changes meanwhile
     /// is seen before or after.
@@ -271,7 +305,8 @@ impl Allocator {
         mut see: impl FnMut(u64, &[u8]) -> bool,
     ) -> Result<(), Error> {
         let cluster_size = self.geometry.cluster_size();
-        let most = (BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
+        let most = (LOOKED_AT_BYTES >> self.geometry.cluster_bits()).max(1);
+        let piece_max = (PIECE_BYTES >> self.geometry.cluster_bits()).max(1);
         let end = blocks.end.min(self.blocks_max());
         let mut next = blocks.start;
         while next < end {
@@ -295,8 +330,9 @@ impl Allocator {
                 self.check_block_offset(block, host_offset, end)?;
                 match absent.last_mut() {
                     Some((start, first, count))
-                        if (*start + *count * cluster_size, *first + *count)
-                            == (host_offset, block) =>
+                        if *count < piece_max
+                            && (*start + *count * cluster_size, *first + *count)
+                                == (host_offset, block) =>
                     {
                         *count += 1;
                     }
@@ -373,6 +409,11 @@ impl Allocator {
         drop(self.block_writer.lock().await);
     }
 
+    /// Runs that the background work has put in quarantine, and that are there still.
+    pub(crate) fn freed_behind(&self) -> usize {
+        lock(&self.state).freed_behind.len()
+    }
+
     /// Frees up to `most` runs that the background work has put in quarantine and no request uses
     /// any more. True: at least one.
     pub(crate) async fn reclaim_behind<S: Storage>(&self, storage: &S, most: usize) -> bool {
@@ -439,25 +480,35 @@ fn stuck(cluster: u64, refcount: u64, change: Change) -> Error {
     }
 }
 
-/// Adds ascending clusters without references.
-fn quarantine(list: &mut VecDeque<Quarantined>, clusters: &[u64], epoch: u64, tables: bool) {
-    for cluster in clusters {
-        match list.back_mut() {
-            Some(last)
-                if last.tables == tables
-                    && last.start + last.count == *cluster
-                    && last.count < QUARANTINED_MAX =>
-            {
-                // The later epoch holds for both.
-                last.epoch = epoch;
-                last.count += 1;
-            }
-            _ => list.push_back(Quarantined {
-                epoch,
-                start: *cluster,
-                count: 1,
-                tables,
-            }),
+/// Adds ascending runs of clusters without references.
+fn quarantine(list: &mut VecDeque<Quarantined>, runs: &[Range<u64>], epoch: u64, tables: bool) {
+    for run in runs {
+        let mut start = run.start;
+        while start < run.end {
+            let added = match list.back_mut() {
+                Some(last)
+                    if last.tables == tables
+                        && last.start + last.count == start
+                        && last.count < QUARANTINED_MAX =>
+                {
+                    let added = (run.end - start).min(QUARANTINED_MAX - last.count);
+                    // The later epoch holds for both.
+                    last.epoch = epoch;
+                    last.count += added;
+                    added
+                }
+                _ => {
+                    let count = (run.end - start).min(QUARANTINED_MAX);
+                    list.push_back(Quarantined {
+                        epoch,
+                        start,
+                        count,
+                        tables,
+                    });
+                    count
+                }
+            };
+            start += added;
         }
     }
 }

@@ -12,6 +12,7 @@
 //! but recorded (see [`Drops`](super::active::Drops)), and taken away once that snapshot and all
 //! older ones are settled.
 
+mod alone;
 mod background;
 mod commit;
 mod delete;
@@ -203,6 +204,8 @@ pub(crate) struct Snapshots {
     background: async_lock::Mutex<background::Background>,
     /// What is known of counts; changes while the table is held.
     known: Mutex<room::Known>,
+    /// How much a walk has in memory; tests make it less.
+    limits: Mutex<walk::Limits>,
     last_key: AtomicU64,
 }
 
@@ -218,6 +221,7 @@ impl Snapshots {
             stay_dirty: AtomicBool::new(false),
             background: async_lock::Mutex::default(),
             known: Mutex::default(),
+            limits: Mutex::default(),
             last_key: AtomicU64::new(0),
         }
     }

@@ -165,6 +165,11 @@ fn under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     let mut random = fastrand::Rng::with_seed(seed);
     for round in ["a", "b"] {
         rig.open(&options(&mut random))?;
+        if random.bool() {
+            let memory = [0, 64, 4 << 10][random.usize(..3)];
+            let window = random.u64(1..200);
+            rig.image().limit_memory(random.usize(1..9), window, memory);
+        }
         for _ in 0..random.u64(1..4) {
             let load = chaos(rig.worker(), random.fork(), 60, Mix::ALL);
             rig.driver.spawn(load);
@@ -299,6 +304,25 @@ fn after_the_last_delete_everything_is_written_in_place() {
         for first in (0..sectors).step_by(8) {
             assert!(client.is_in_place(first, 8), "sector {first}");
         }
+    });
+    done(rig);
+}
+
+/// Owning again goes through the shared cache. What only it has loaded must not stay there: that would
+/// be the metadata of the whole image.
+#[test]
+fn background_work_leaves_nothing_in_the_cache() {
+    let mut rig = opened(all_data());
+    let client = rig.worker();
+    rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.settle().await;
+        client.write(77, 3).await.expect("a write");
+        client.flush().await.expect("a flush");
+        let before = client.worker.image().store.len();
+        client.delete("a").await.expect("a delete");
+        client.settle().await;
+        assert_eq!(client.worker.image().store.len(), before);
     });
     done(rig);
 }
@@ -563,8 +587,13 @@ fn a_damaged_entry_stops_the_work_with_an_error() {
 }
 
 /// One operation of the background work fails; it goes on where it was, and counts nothing twice.
-fn one_failure(recipe: Recipe, kind: OpKind, nth: u64, seed: u64) -> Result<bool, Violation> {
-    let mut rig = Rig::new(recipe, seed);
+fn one_failure(
+    recipe: Recipe,
+    kind: OpKind,
+    nth: u64,
+    is_limited: bool,
+) -> Result<bool, Violation> {
+    let mut rig = Rig::new(recipe, nth);
     let small = OpenOptions {
         l2_cache_size: Some(1 << 10),
         l2_cache_entry_size: Some(512),
@@ -572,6 +601,10 @@ fn one_failure(recipe: Recipe, kind: OpKind, nth: u64, seed: u64) -> Result<bool
         ..OpenOptions::default()
     };
     rig.open(&small)?;
+    if is_limited {
+        // Several passes over the tables.
+        rig.image().limit_memory(3, 150, 0);
+    }
     let client = rig.worker();
     let result = rig.block_on(async move {
         for name in ["a", "b"] {
@@ -618,16 +651,18 @@ fn a_step_that_fails_is_tried_again_and_counts_nothing_twice() {
         fill: mixed,
         ..Recipe::plain(9, 64 << 10)
     };
-    for (kind, recoveries_min) in [(OpKind::Read, 3), (OpKind::Write, 3), (OpKind::Punch, 0)] {
-        let mut recoveries = 0;
-        for nth in 1.. {
-            match one_failure(recipe, kind, nth, nth) {
-                Ok(true) => recoveries += 1,
-                Ok(false) => break,
-                Err(violation) => panic!("{kind:?} {nth}: {violation}"),
+    for is_limited in [false, true] {
+        for (kind, recoveries_min) in [(OpKind::Read, 3), (OpKind::Write, 3), (OpKind::Punch, 0)] {
+            let mut recoveries = 0;
+            for nth in 1.. {
+                match one_failure(recipe, kind, nth, is_limited) {
+                    Ok(true) => recoveries += 1,
+                    Ok(false) => break,
+                    Err(violation) => panic!("{kind:?} {nth}: {violation}"),
+                }
             }
+            assert!(recoveries > recoveries_min, "{kind:?}: {recoveries}");
         }
-        assert!(recoveries > recoveries_min, "{kind:?}: {recoveries}");
     }
 }
 
