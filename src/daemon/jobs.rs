@@ -6,6 +6,7 @@
 //! client dismisses it. Progress comes from the image itself. The events are QEMU's, in QEMU's
 //! order.
 
+use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -183,6 +184,7 @@ impl Background {
                 News::Serving(chain) => {
                     self.chain = chain;
                     self.table.added_last = 0;
+                    self.table.early_speeds.clear();
                 }
                 News::Ended => self.ended = true,
                 other => self.table.take(other),
@@ -274,12 +276,11 @@ impl Background {
 
     /// Limits a job.
     pub(super) fn set_speed(&mut self, id: &str, speed: u64) {
-        let Some(job) = self.table.jobs.iter_mut().find(|job| job.id() == id) else {
-            return;
-        };
-        job.speed = speed;
-        if let Some(settler) = &self.settler {
-            settler.send(Task::Speed(job.work.number, speed));
+        let number = self
+            .table
+            .set_speed(id, speed, &self.chain.image.background());
+        if let (Some(settler), Some(number)) = (&self.settler, number) {
+            settler.send(Task::Speed(number, speed));
         }
     }
 
@@ -340,6 +341,8 @@ struct JobTable {
     jobs: Vec<Job>,
     /// Number of the work that was told last.
     added_last: u64,
+    /// Limits of work that was not told yet, by number.
+    early_speeds: HashMap<u64, u64>,
     /// Not sent yet.
     events: Vec<Event>,
 }
@@ -392,8 +395,10 @@ impl JobTable {
     }
 
     fn add(&mut self, work: BackgroundStatus) {
-        self.added_last = work.number;
-        let mut job = Job::new(work);
+        let mut job = self.untold(work);
+        self.added_last = job.work.number;
+        self.early_speeds
+            .retain(|number, _| *number > self.added_last);
         self.events.push(job.become_status(JobStatus::Created));
         self.jobs.push(job);
     }
@@ -411,9 +416,34 @@ impl JobTable {
             self.change(work.number, |job, _| job.work = work.clone());
         }
         let untold = works.iter().filter(|work| work.number > self.added_last);
-        let untold = untold.map(|work| Job::new(work.clone()));
+        let untold = untold.map(|work| self.untold(work.clone()));
         let told = self.jobs.iter().map(Job::info);
         told.chain(untold.map(|job| job.info())).collect()
+    }
+
+    /// A job as it is before it is told.
+    fn untold(&self, work: BackgroundStatus) -> Job {
+        let mut job = Job::new(work);
+        job.speed = self
+            .early_speeds
+            .get(&job.work.number)
+            .copied()
+            .unwrap_or(0);
+        job
+    }
+
+    /// Limits a job, told or not; returns its number.
+    fn set_speed(&mut self, id: &str, speed: u64, works: &[BackgroundStatus]) -> Option<u64> {
+        if let Some(job) = self.jobs.iter_mut().find(|job| job.id() == id) {
+            job.speed = speed;
+            return Some(job.work.number);
+        }
+        let is_it = |work: &&BackgroundStatus| {
+            work.number > self.added_last && Job::new((*work).clone()).id() == id
+        };
+        let number = works.iter().find(is_it)?.number;
+        self.early_speeds.insert(number, speed);
+        Some(number)
     }
 
     fn dismiss(&mut self, id: &str) {
@@ -498,6 +528,23 @@ mod tests {
             ]
         );
         assert!(table.jobs.is_empty());
+    }
+
+    /// A client that has its answer looks for the job and limits it, before the job was told.
+    #[test]
+    fn a_job_can_be_limited_before_it_is_told() {
+        let mut table = JobTable::default();
+        let works = [work(1, 0), work(2, 0)];
+        table.take(News::Queued(work(1, 0)));
+        assert_eq!(table.set_speed("settle-2", 5, &works), Some(2));
+        assert_eq!(table.set_speed("settle-1", 7, &works), Some(1));
+        assert_eq!(table.set_speed("delete-2", 9, &works), None);
+        let speeds =
+            |table: &mut JobTable| table.infos(&works).iter().map(|info| info.speed).collect();
+        let before: Vec<u64> = speeds(&mut table);
+        table.take(News::Queued(work(2, 0)));
+        let after: Vec<u64> = speeds(&mut table);
+        assert_eq!((before, after), (vec![7, 5], vec![7, 5]));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! nothing is tried any more. After [`Task::Finish`] the work goes on without a pause, and the thread
 //! ends with it, or with its first error.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
@@ -167,6 +167,7 @@ impl Settler {
                 queued_last: 0,
                 running: None,
                 owed: Vec::new(),
+                waiting: VecDeque::new(),
                 failed: false,
             };
             settling.run()
@@ -238,6 +239,8 @@ struct Settling<'a> {
     /// The work at hand, as it was told.
     running: Option<u64>,
     owed: Vec<Owed>,
+    /// Orders that wait for less work, oldest first.
+    waiting: VecDeque<(Ticket, Order)>,
     /// The image takes no more writes, and this was told.
     failed: bool,
 }
@@ -267,11 +270,13 @@ impl Settling<'_> {
         let mut next = self.new_work(Next::Sleep);
         let mut since = Instant::now();
         loop {
+            if let Some((ticket, order)) = self.next_order(&next) {
+                self.carry_out(ticket, order);
+                next = self.new_work(next);
+                continue;
+            }
             match self.wait(&next, since) {
-                Ok(Task::Order(ticket, order)) => {
-                    self.carry_out(ticket, order);
-                    next = self.new_work(next);
-                }
+                Ok(Task::Order(ticket, order)) => self.waiting.push_back((ticket, order)),
                 Ok(Task::WriteBack) => self.write_back(),
                 Ok(Task::Speed(number, speed)) => {
                     self.speeds.insert(number, speed);
@@ -304,6 +309,20 @@ impl Settling<'_> {
             let level = if failed { Level::Debug } else { Level::Warn };
             log!(level, "cannot write metadata back: {}", error.chain());
         }
+    }
+
+    /// The order to carry out now: the oldest, unless too much work waits and goes on. Meanwhile the
+    /// work keeps its pace, and everything else that is asked for is done.
+    fn next_order(&mut self, next: &Next) -> Option<(Ticket, Order)> {
+        let goes_on = matches!(next, Next::Work { .. });
+        if goes_on && !self.waiting.is_empty() && self.is_crowded() {
+            return None;
+        }
+        self.waiting.pop_front()
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.worker.image().background().len() >= WORK_MAX
     }
 
     /// Waits for a task, or until it is time to work.
@@ -445,8 +464,13 @@ impl Settling<'_> {
         // Orders that came before the end was known are refused by the image, or carried out.
         while let Ok(task) = self.tasks.try_recv() {
             if let Task::Order(ticket, order) = task {
-                self.carry_out(ticket, order);
+                self.waiting.push_back((ticket, order));
             }
+        }
+        while let Some((ticket, order)) = self.waiting.pop_front() {
+            while self.is_crowded() && matches!(self.work(), Next::Work { .. }) {}
+            self.carry_out(ticket, order);
+            self.new_work(Next::Sleep);
         }
         self.work_off()
     }
@@ -496,9 +520,6 @@ impl Settling<'_> {
     }
 
     fn carry_out(&mut self, ticket: Ticket, order: Order) {
-        while self.worker.image().background().len() >= WORK_MAX
-            && matches!(self.work(), Next::Work { .. })
-        {}
         let result = match &order {
             Order::Snapshot(actions) => match &actions[..] {
                 [SnapshotAction::External(overlay)] => {

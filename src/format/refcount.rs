@@ -223,6 +223,44 @@ pub fn lower(
     Ok(())
 }
 
+/// The highest refcount in `block`.
+///
+/// # Panics
+///
+/// If `order` is above 6.
+#[must_use]
+pub fn highest(block: &[u8], order: u32) -> u64 {
+    if order == 4 {
+        // This compiles to vector instructions.
+        let refcounts = block.as_chunks().0.iter().copied().map(u16::from_be_bytes);
+        return u64::from(refcounts.fold(0, u16::max));
+    }
+    let refcounts = (0..count(block, order)).map(|index| get(block, order, index));
+    refcounts.max().unwrap_or(0)
+}
+
+/// Sets the bit of each refcount in `block` that is 1, from the least significant one of the first word
+/// on; clears the others.
+///
+/// # Panics
+///
+/// If the block has fewer refcounts than `bits`, or `order` is above 6.
+pub fn ones(block: &[u8], order: u32, bits: &mut [u64]) {
+    if order == 4 {
+        let refcounts = block.as_chunks().0;
+        for (word, refcounts) in bits.iter_mut().zip(refcounts.chunks(64)) {
+            let ones = refcounts.iter().map(|refcount| *refcount == [0, 1]);
+            *word = ones.rev().fold(0, |word, one| word << 1 | u64::from(one));
+        }
+        return;
+    }
+    for (number, word) in bits.iter_mut().enumerate() {
+        let indices = number.saturating_mul(64)..number.saturating_add(1).saturating_mul(64);
+        let ones = indices.map(|index| get(block, order, index) == 1);
+        *word = ones.rev().fold(0, |word, one| word << 1 | u64::from(one));
+    }
+}
+
 /// The largest refcount of 2^`order` bits.
 #[must_use]
 #[expect(
@@ -330,6 +368,42 @@ fn wrong_order(order: u32) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ones_are_told_from_all_others_at_every_width() {
+        for order in 0..=6 {
+            let mut block = vec![0; 512];
+            let last = count(&block, order) - 1;
+            for (index, value) in [(0, 1), (5, most(order)), (63, 1), (last, 1)] {
+                set(&mut block, order, index, value);
+            }
+            let mut bits = vec![u64::MAX; count(&block, order) / 64];
+            ones(&block, order, &mut bits);
+            let found: Vec<_> = (0..=last)
+                .filter(|at| bits[at / 64] >> (at % 64) & 1 == 1)
+                .collect();
+            let mut expected = vec![0, 5, 63, last];
+            expected.retain(|at| get(&block, order, *at) == 1);
+            expected.dedup();
+            assert_eq!(found, expected, "{order}");
+        }
+    }
+
+    #[test]
+    fn the_highest_is_found_at_every_width_and_place() {
+        for order in 0..=6 {
+            let mut block = vec![0; 512];
+            assert_eq!(highest(&block, order), 0);
+            let last = count(&block, order) - 1;
+            set(&mut block, order, last / 2, 1);
+            assert_eq!(highest(&block, order), 1, "{order}");
+            for index in [0, last] {
+                set(&mut block, order, index, most(order));
+                assert_eq!(highest(&block, order), most(order), "{order}");
+                set(&mut block, order, index, 0);
+            }
+        }
+    }
 
     #[test]
     fn free_indices_are_those_with_a_count_of_zero() {

@@ -270,6 +270,142 @@ fn under_load(options: &[&str]) -> Result<(), Failure> {
     judge().map_err(|failure: Failure| format!("seed {seed}: {failure}").into())
 }
 
+/// More work than may wait, held by limits; and a command that waits for it.
+struct Crowd {
+    scratch: Scratch,
+    server: Server,
+    client: Qmp,
+    /// Its command has been handed over.
+    waiting: Qmp,
+    names: Vec<String>,
+}
+
+/// So many pieces of work may wait.
+const WORK_MAX: usize = 32;
+
+fn job_ids(client: &mut Qmp) -> Result<Vec<String>, Failure> {
+    let jobs = execute(client, "query-jobs", &json!({}))?;
+    let jobs = jobs.as_array().ok_or("no list")?.iter();
+    Ok(jobs
+        .filter_map(|job| job["id"].as_str().map(str::to_owned))
+        .collect())
+}
+
+impl Crowd {
+    fn gather() -> Result<Self, Failure> {
+        let options = ["--cluster-size", "4k", "--preallocation", "metadata"];
+        let scratch = Scratch::new(1 << 30, &options)?;
+        let server = scratch.serve(&[])?;
+        let mut client = scratch.client()?;
+        let mut names = Vec::new();
+        loop {
+            let jobs = job_ids(&mut client)?;
+            if let Some(last) = jobs.last() {
+                // One that is over already holds nobody up.
+                let limit = json!({ "device": last, "speed": 1 });
+                ask(&mut client, "block-job-set-speed", &limit)?;
+            }
+            if jobs.len() == WORK_MAX {
+                break;
+            }
+            ensure(names.len() < 2 * WORK_MAX, || format!("{jobs:?}"))?;
+            let name = format!("s{}", names.len());
+            take(&mut client, &name)?;
+            names.push(name);
+        }
+        client.events.clear();
+        let mut waiting = scratch.client()?;
+        let arguments = json!({ "device": "disk0", "name": "late" });
+        let late = json!({ "execute": TAKE, "arguments": arguments });
+        // In one piece: when the first is answered, the second is on its way to the settler.
+        waiting.send(format!("{{\"execute\": \"query-version\"}}\n{late}\n").as_bytes())?;
+        waiting.answer()?;
+        Ok(Self {
+            scratch,
+            server,
+            client,
+            waiting,
+            names,
+        })
+    }
+
+    /// Lets the work go on.
+    fn release(&mut self) -> Result<(), Failure> {
+        for id in job_ids(&mut self.client)? {
+            let free = json!({ "device": id, "speed": 0 });
+            // It may be over already.
+            ask(&mut self.client, "block-job-set-speed", &free)?;
+        }
+        Ok(())
+    }
+
+    /// SIGTERM, then a look at what there is.
+    fn stop(self, late: &[&str]) -> Result<(), Failure> {
+        let ended = self.server.terminate()?;
+        ensure(ended.code()? == 0, || format!("{ended:?}"))?;
+        ensure(!self.scratch.is_dirty()?, || "dirty".to_owned())?;
+        qemu::expect_check(&self.scratch.file, &[CHECK_CLEAN])?;
+        let mut names = self.names;
+        names.extend(late.iter().map(|name| (*name).to_owned()));
+        let found = self.scratch.names()?;
+        ensure(found == names, || format!("{found:?} instead of {names:?}"))
+    }
+}
+
+/// Without the limit the command would be carried out at once, and its job be told before any other
+/// is over.
+#[test]
+fn a_command_waits_when_too_much_work_is_left_and_no_other_client_does() -> Result<(), Failure> {
+    let test = "a_command_waits_when_too_much_work_is_left_and_no_other_client_does";
+    if !have_tools(test, &["qemu-img"]) {
+        return Ok(());
+    }
+    let mut crowd = Crowd::gather()?;
+    let known = crowd.names.len();
+    ensure(job_ids(&mut crowd.client)?.len() == WORK_MAX, || {
+        "another client waits, or the command did not".to_owned()
+    })?;
+    crowd.release()?;
+    let answer = crowd.waiting.answer()?;
+    ensure(answer["return"] == json!({}), || answer.to_string())?;
+    settle(&mut crowd.client)?;
+    let states = crowd.client.events.iter().filter_map(|event| {
+        let data = &event["data"];
+        Some((data["id"].as_str()?, data["status"].as_str()?))
+    });
+    let states: Vec<_> = states.collect();
+    let late = format!("settle-{}", known + 1);
+    let told = states.iter().position(|state| *state == (&late, "created"));
+    let over = states.iter().position(|state| state.1 == "null");
+    ensure(told.is_some() && over < told, || format!("{states:?}"))?;
+    crowd.stop(&["late"])
+}
+
+#[test]
+fn a_client_that_leaves_while_its_command_waits_harms_nobody() -> Result<(), Failure> {
+    let test = "a_client_that_leaves_while_its_command_waits_harms_nobody";
+    if !have_tools(test, &["qemu-img"]) {
+        return Ok(());
+    }
+    let mut crowd = Crowd::gather()?;
+    crowd.waiting = crowd.scratch.client()?;
+    crowd.release()?;
+    take(&mut crowd.waiting, "later")?;
+    settle(&mut crowd.client)?;
+    // Nobody was there for the answer of the first.
+    crowd.stop(&["late", "later"])
+}
+
+#[test]
+fn sigterm_ends_the_wait_of_a_command() -> Result<(), Failure> {
+    let test = "sigterm_ends_the_wait_of_a_command";
+    if !have_tools(test, &["qemu-img"]) {
+        return Ok(());
+    }
+    // What was handed over before is carried out; the work is done, whatever limits it.
+    Crowd::gather()?.stop(&["late"])
+}
+
 #[test]
 fn the_python_package_qemu_qmp_takes_and_deletes_snapshots() -> Result<(), Failure> {
     let test = "the_python_package_qemu_qmp_takes_and_deletes_snapshots";

@@ -6,8 +6,9 @@
 //! it are let go when they are in the file, so that the budget stays with the requests.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
-use futures_util::stream::{self, TryStreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::blocks::BlockCopy;
 use super::{Allocator, Quarantined};
@@ -20,6 +21,9 @@ use crate::units::{to_u64, to_usize};
 const RUNS_PER_LOCK: usize = 4096;
 /// Bytes of refcount blocks that are loaded, changed and written together.
 const BYTES_AT_ONCE: u64 = 1 << 20;
+/// Bytes of refcount blocks that are looked at together, and of one read of them (at least one block).
+const LOOKED_AT_BYTES: u64 = 4 << 20;
+const PIECE_BYTES: u64 = 256 << 10;
 /// Blocks in flight at a time.
 const IN_FLIGHT: usize = 16;
 /// Clusters of a run in quarantine: what freeing one run does under the lock.
@@ -123,7 +127,7 @@ impl Allocator {
         let Some(counts) = state.blocks.lag(block) else {
             return Ok(0);
         };
-        let mut zeroed = Vec::new();
+        let mut zeroed: Vec<Range<u64>> = Vec::new();
         let mut changed = 0;
         let mut clusters = 0;
         for run in runs.iter().take(RUNS_PER_LOCK) {
@@ -134,7 +138,11 @@ impl Allocator {
             let result = match change {
                 Change::Raise => refcount::raise(counts, order, index, count),
                 Change::Lower { .. } => refcount::lower(counts, order, index, count, |at| {
-                    zeroed.push(block * entries + to_u64(at));
+                    let cluster = block * entries + to_u64(at);
+                    match zeroed.last_mut() {
+                        Some(last) if last.end == cluster => last.end += 1,
+                        _ => zeroed.push(cluster..cluster + 1),
+                    }
                 }),
             };
             if let Err(at) = result {
@@ -214,6 +222,148 @@ impl Allocator {
         Ok(said)
     }
 
+    /// The highest of all counts.
+    ///
+    /// # Errors
+    /// `Io`/`Corrupt` when a refcount block cannot be read.
+    pub(crate) async fn highest_count<S: Storage>(&self, storage: &S) -> Result<u64, Error> {
+        let order = self.geometry.refcount_order();
+        let mut highest = 0;
+        self.look_through(storage, 0..self.blocks_max(), |_, counts| {
+            highest = refcount::highest(counts, order).max(highest);
+            true
+        })
+        .await?;
+        Ok(highest)
+    }
+
+    /// A cluster among these whose count is what is looked for, and the count.
+    ///
+    /// # Errors
+    /// As for [`Self::highest_count`].
+    pub(crate) async fn find_count<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: Range<u64>,
+        is_it: impl Fn(u64, u64) -> bool,
+    ) -> Result<Option<(u64, u64)>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let blocks = clusters.start / entries..clusters.end.div_ceil(entries);
+        let mut found = None;
+        self.look_through(storage, blocks, |block, counts| {
+            let first = block * entries;
+            let here = clusters.start.max(first)..clusters.end.min(first + entries);
+            found = here
+                .map(|cluster| {
+                    (
+                        cluster,
+                        refcount::get(counts, order, to_usize(cluster - first)),
+                    )
+                })
+                .find(|(cluster, count)| is_it(*cluster, *count));
+            found.is_none()
+        })
+        .await?;
+        Ok(found)
+    }
+
+    /// Of these clusters, which are whole blocks, those with exactly one reference, one bit each.
+    ///
+    /// # Errors
+    /// As for [`Self::highest_count`].
+    pub(crate) async fn one_reference_bits<S: Storage>(
+        &self,
+        storage: &S,
+        clusters: Range<u64>,
+    ) -> Result<Box<[u64]>, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        let blocks = clusters.start / entries..clusters.end.div_ceil(entries);
+        let mut bits = vec![0; to_usize((clusters.end - clusters.start).div_ceil(64))];
+        self.look_through(storage, blocks, |block, counts| {
+            // A block has at least 64 counts.
+            let first = to_usize((block * entries - clusters.start) / 64);
+            refcount::ones(
+                counts,
+                order,
+                &mut bits[first..first + to_usize(entries / 64)],
+            );
+            true
+        })
+        .await?;
+        Ok(bits.into_boxed_slice())
+    }
+
+    /// Shows the counts of each block that there is, until `see` says that it has seen enough: from
+    /// memory where they are there, else from the file, past the budget. A count that changes meanwhile
+    /// is seen before or after.
+    async fn look_through<S: Storage>(
+        &self,
+        storage: &S,
+        blocks: Range<u64>,
+        mut see: impl FnMut(u64, &[u8]) -> bool,
+    ) -> Result<(), Error> {
+        let cluster_size = self.geometry.cluster_size();
+        let most = (LOOKED_AT_BYTES >> self.geometry.cluster_bits()).max(1);
+        let piece_max = (PIECE_BYTES >> self.geometry.cluster_bits()).max(1);
+        let end = blocks.end.min(self.blocks_max());
+        let mut next = blocks.start;
+        while next < end {
+            // Pieces of the file, each with its first block and how many there are.
+            let mut absent: Vec<(u64, u64, u64)> = Vec::new();
+            for block in next..end.min(next + most) {
+                let (counts, host_offset, end) = {
+                    let state = lock(&self.state);
+                    let counts: Option<Box<[u8]>> = state.blocks.peek(block).map(Box::from);
+                    (counts, state.blocks.table_entry(block), state.end)
+                };
+                if let Some(counts) = counts {
+                    if !see(block, &counts) {
+                        return Ok(());
+                    }
+                    continue;
+                }
+                if host_offset == 0 {
+                    continue;
+                }
+                self.check_block_offset(block, host_offset, end)?;
+                match absent.last_mut() {
+                    Some((start, first, count))
+                        if *count < piece_max
+                            && (*start + *count * cluster_size, *first + *count)
+                                == (host_offset, block) =>
+                    {
+                        *count += 1;
+                    }
+                    _ => absent.push((host_offset, block, 1)),
+                }
+            }
+            next += most;
+            let mut reads = stream::iter(absent)
+                .map(|(start, first, count)| async move {
+                    let buf = AlignedBuf::zeroed(to_usize(count * cluster_size));
+                    let (read, buf) = storage.read_buf(self.file, start, buf).await;
+                    let fault = |error| {
+                        Error::io(
+                            format!("cannot read the refcount block at {start:#x}"),
+                            error,
+                        )
+                    };
+                    read.map(|()| (first, buf)).map_err(fault)
+                })
+                .buffered(IN_FLIGHT);
+            while let Some((first, buf)) = reads.try_next().await? {
+                for (block, counts) in (first..).zip(buf.chunks_exact(to_usize(cluster_size))) {
+                    if !see(block, counts) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes some lagging blocks; returns how many bytes.
     ///
     /// # Errors
@@ -257,6 +407,11 @@ impl Allocator {
     /// Waits until no write of a refcount block that has begun is in flight.
     pub(crate) async fn end_background_writes(&self) {
         drop(self.block_writer.lock().await);
+    }
+
+    /// Runs that the background work has put in quarantine, and that are there still.
+    pub(crate) fn freed_behind(&self) -> usize {
+        lock(&self.state).freed_behind.len()
     }
 
     /// Frees up to `most` runs that the background work has put in quarantine and no request uses
@@ -314,25 +469,35 @@ fn stuck(cluster: u64, refcount: u64, change: Change) -> Error {
     }
 }
 
-/// Adds ascending clusters without references.
-fn quarantine(list: &mut VecDeque<Quarantined>, clusters: &[u64], epoch: u64, tables: bool) {
-    for cluster in clusters {
-        match list.back_mut() {
-            Some(last)
-                if last.tables == tables
-                    && last.start + last.count == *cluster
-                    && last.count < QUARANTINED_MAX =>
-            {
-                // The later epoch holds for both.
-                last.epoch = epoch;
-                last.count += 1;
-            }
-            _ => list.push_back(Quarantined {
-                epoch,
-                start: *cluster,
-                count: 1,
-                tables,
-            }),
+/// Adds ascending runs of clusters without references.
+fn quarantine(list: &mut VecDeque<Quarantined>, runs: &[Range<u64>], epoch: u64, tables: bool) {
+    for run in runs {
+        let mut start = run.start;
+        while start < run.end {
+            let added = match list.back_mut() {
+                Some(last)
+                    if last.tables == tables
+                        && last.start + last.count == start
+                        && last.count < QUARANTINED_MAX =>
+                {
+                    let added = (run.end - start).min(QUARANTINED_MAX - last.count);
+                    // The later epoch holds for both.
+                    last.epoch = epoch;
+                    last.count += added;
+                    added
+                }
+                _ => {
+                    let count = (run.end - start).min(QUARANTINED_MAX);
+                    list.push_back(Quarantined {
+                        epoch,
+                        start,
+                        count,
+                        tables,
+                    });
+                    count
+                }
+            };
+            start += added;
         }
     }
 }

@@ -405,7 +405,12 @@ impl Allocator {
         Ok(())
     }
 
-    fn check_block_offset(&self, block: u64, host_offset: u64, end: u64) -> Result<(), Error> {
+    pub(super) fn check_block_offset(
+        &self,
+        block: u64,
+        host_offset: u64,
+        end: u64,
+    ) -> Result<(), Error> {
         let cluster_size = self.geometry.cluster_size();
         let fault = if host_offset == 0 {
             "is missing"

@@ -13,11 +13,14 @@ use std::sync::atomic::Ordering;
 
 use event_listener::EventListener;
 
+use super::alone::Alone;
 use super::delete::Given;
 use super::flags::{Adopt, Flags, Look, Looked};
 use super::reown::Reown;
 use super::walk::Walk;
 use super::{BackgroundStatus, Snapshots, Task, Work};
+#[cfg(test)]
+use super::{alone::AloneLimits, walk::Limits};
 use crate::engine::Image;
 use crate::engine::allocator::Change;
 use crate::engine::error::{Error, lock};
@@ -29,6 +32,9 @@ use crate::storage::Storage;
 
 /// Runs of freed clusters that one step punches holes for.
 const RECLAIMED_RUNS: usize = 64;
+/// So many may wait for that before more are freed, as long as no request keeps them waiting: 512 KiB
+/// of memory.
+const FREED_MAX: usize = 1 << 14;
 
 /// What a step of the background work has come to.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -52,6 +58,8 @@ pub(super) struct Background {
     /// The item that `phase` is about.
     number: u64,
     phase: Phase,
+    /// What the present item has found out about counts. Emptied before a phase that changes many.
+    alone: Alone,
     /// Deletes whose snapshot was never settled: there is nothing to take away.
     called_off: Vec<u64>,
     /// Work was begun since the image was last clean.
@@ -120,6 +128,23 @@ impl Snapshots {
     }
 }
 
+#[cfg(test)]
+impl Image {
+    /// Gives the background work less memory: runs in a list, clusters in a bitmap of a walk, bytes of
+    /// what is known about counts.
+    pub(in crate::engine) fn limit_memory(&self, runs: usize, window: u64, alone_bytes: usize) {
+        let Some(active) = &self.active else { return };
+        *lock(&active.snapshots.limits) = Limits { runs, window };
+        if let Some(mut background) = active.snapshots.background.try_lock() {
+            background.alone.limit(AloneLimits {
+                bytes_max: alone_bytes,
+                group_min: 1,
+                learnt_bytes: 1,
+            });
+        }
+    }
+}
+
 impl<S: Storage> Worker<S> {
     /// Does a piece of the background work: some megabytes at most.
     ///
@@ -162,9 +187,21 @@ impl<S: Storage> Worker<S> {
             background.phase = Phase::Begin;
             background.unclean |= !matches!(work.task, Task::Look);
         }
+        let allocator = &target.active.allocator;
+        if allocator.freed_behind() > FREED_MAX
+            && allocator
+                .reclaim_behind(&self.storage, RECLAIMED_RUNS)
+                .await
+        {
+            return Ok(Step::Progress { bytes: 0 });
+        }
         let mut bytes = 0;
-        match &mut background.phase {
-            Phase::Begin => background.phase = self.begin(target, background, work),
+        let Background { phase, alone, .. } = &mut *background;
+        match phase {
+            Phase::Begin => {
+                alone.forget();
+                background.phase = self.begin(target, background, work);
+            }
             Phase::Rebuild => {
                 let progress = self.rebuild_step(target).await?;
                 bytes = snapshots.set_progress(work.number, progress.done, progress.total);
@@ -172,23 +209,28 @@ impl<S: Storage> Worker<S> {
                     background.phase = Phase::GiveBack(Given::default());
                 }
             }
-            Phase::Look(look) => match self.look_at_flags(target, look).await? {
+            Phase::Look(look) => match self.look_at_flags(target, look, alone).await? {
                 Looked::On(done) => bytes = done,
                 Looked::Right => background.phase = Phase::End,
                 Looked::Wrong => {
+                    alone.forget();
                     background.unclean = true;
                     self.share_all(target).await?;
                     background.phase = Phase::Flags(Flags::default());
                 }
             },
-            Phase::Flags(flags) => match self.clear_shared_flags(target, flags).await? {
+            Phase::Flags(flags) => match self.clear_shared_flags(target, flags, alone).await? {
                 Some(done) => bytes = done,
-                None => background.phase = Phase::Adopt(Adopt::default()),
+                None => {
+                    alone.forget();
+                    background.phase = Phase::Adopt(Adopt::default());
+                }
             },
-            Phase::Adopt(adopt) => match self.adopt_on(target, adopt).await? {
+            Phase::Adopt(adopt) => match self.adopt_on(target, adopt, alone).await? {
                 Some(done) => {
-                    bytes = done;
-                    snapshots.advance(work.number, done);
+                    bytes = done.bytes;
+                    let cluster_size = target.mapping.geometry.cluster_size();
+                    snapshots.advance(work.number, done.tables * cluster_size);
                 }
                 None => {
                     let left = std::mem::take(adopt).into_left();
@@ -217,7 +259,7 @@ impl<S: Storage> Worker<S> {
                     };
                 }
             },
-            Phase::Reown(reown) => match self.reown_on(target, reown).await? {
+            Phase::Reown(reown) => match self.reown_on(target, reown, alone).await? {
                 Some(done) => {
                     bytes = done.bytes;
                     snapshots.advance(
@@ -228,6 +270,7 @@ impl<S: Storage> Worker<S> {
                 None => background.phase = Phase::End,
             },
             Phase::End => {
+                alone.forget();
                 if let Some(status) = snapshots.finish(work.number)
                     && !matches!(work.task, Task::Look)
                 {
@@ -235,9 +278,7 @@ impl<S: Storage> Worker<S> {
                 }
             }
         }
-        target
-            .active
-            .allocator
+        allocator
             .reclaim_behind(&self.storage, RECLAIMED_RUNS)
             .await;
         Ok(Step::Progress { bytes })
@@ -255,7 +296,7 @@ impl<S: Storage> Worker<S> {
                     self.mark_settled(target, root, *key);
                     return Phase::GiveBack(Given::default());
                 }
-                Phase::Walk(Walk::new(root))
+                Phase::Walk(Walk::new(root, *lock(&snapshots.limits)))
             }
             Task::Delete { root } => {
                 if let Some(index) = background
@@ -267,7 +308,7 @@ impl<S: Storage> Worker<S> {
                     self.drop_root(target, root);
                     return Phase::GiveBack(Given::default());
                 }
-                Phase::Walk(Walk::new(root))
+                Phase::Walk(Walk::new(root, *lock(&snapshots.limits)))
             }
             Task::Reown => Phase::GiveBack(Given::default()),
             Task::Rebuild => Phase::Rebuild,

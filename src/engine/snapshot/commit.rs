@@ -342,7 +342,8 @@ impl<S: Storage> Worker<S> {
                 ),
             ));
         }
-        self.check_compressed(target, to_u64(new.len())).await
+        let new = to_u64(new.len());
+        self.check_room(target, new, present + new + 1).await
     }
 
     fn new_entries(

@@ -16,6 +16,8 @@
 
 use std::sync::atomic::Ordering;
 
+use super::alone::Alone;
+use super::reown::Done;
 use super::settle::{cleared, share_table};
 use crate::engine::error::{Error, lock};
 use crate::engine::layer::Mapping;
@@ -47,6 +49,15 @@ pub(super) enum Looked {
     Right,
     /// One is not.
     Wrong,
+}
+
+/// What the flags of a table are.
+#[derive(Clone, Copy, Debug)]
+enum Flagged {
+    Right,
+    Wrong,
+    /// So many bytes of refcount blocks were read, and more are needed.
+    Unknown(u64),
 }
 
 /// How far the tables of the active tree are looked at.
@@ -97,6 +108,7 @@ impl<S: Storage> Worker<S> {
         &self,
         target: Target<'_>,
         look: &mut Look,
+        alone: &mut Alone,
     ) -> Result<Looked, Error> {
         let mapping = target.mapping;
         let mut read = 0;
@@ -109,9 +121,20 @@ impl<S: Storage> Worker<S> {
                 read += mapping.geometry.cluster_size();
                 // A guest may change a table and its counts between the reads: only what is wrong
                 // twice is wrong.
-                if self.has_wrong_flag(target, index).await?
-                    && self.has_wrong_flag(target, index).await?
-                {
+                let mut wrong = 0;
+                while wrong < 2 {
+                    match self.has_wrong_flag(target, index, alone).await? {
+                        Flagged::Unknown(bytes) => {
+                            read += bytes;
+                            if read >= BYTES_AT_ONCE {
+                                return Ok(Looked::On(read));
+                            }
+                        }
+                        Flagged::Right => break,
+                        Flagged::Wrong => wrong += 1,
+                    }
+                }
+                if wrong == 2 {
                     return Ok(Looked::Wrong);
                 }
             }
@@ -120,12 +143,17 @@ impl<S: Storage> Worker<S> {
         Ok(Looked::On(read))
     }
 
-    async fn has_wrong_flag(&self, target: Target<'_>, l1_index: usize) -> Result<bool, Error> {
+    async fn has_wrong_flag(
+        &self,
+        target: Target<'_>,
+        l1_index: usize,
+        alone: &mut Alone,
+    ) -> Result<Flagged, Error> {
         let mapping = target.mapping;
         let geometry = mapping.geometry;
         let entry = mapping.l1_entry(l1_index);
         if entry.table_offset().is_none() {
-            return Ok(false);
+            return Ok(Flagged::Right);
         }
         let start = mapping.table(l1_index, entry)?;
         let is_new = lock(&target.active.l1)
@@ -144,11 +172,28 @@ impl<S: Storage> Worker<S> {
         let own = geometry.host_cluster(start).get();
         let mut flagged = named_clusters(mapping, start, &table);
         flagged.push((own, entry.copied()));
-        let alone = self.are_alone(target, &mut flagged).await?;
+        let clusters: Vec<u64> = flagged.iter().map(|(cluster, _)| *cluster).collect();
+        let learnt = self
+            .learn_alone(target, alone, clusters.iter().copied())
+            .await?;
+        if !learnt.complete {
+            return Ok(Flagged::Unknown(learnt.bytes));
+        }
+        let mut said = self.are_alone(target, alone, &clusters).await?;
+        // Where the flag says otherwise, or much hangs on it, it may be old news.
+        let doubtful: Vec<usize> = (flagged.iter().zip(&said).enumerate())
+            .filter(|(_, ((cluster, copied), alone))| !**alone && (*copied || *cluster == own))
+            .map(|(index, _)| index)
+            .collect();
+        let again: Vec<u64> = doubtful.iter().map(|index| clusters[*index]).collect();
+        let now = self.are_alone_now(target, alone, &again).await?;
+        for (index, now) in doubtful.into_iter().zip(now) {
+            said[index] = now;
+        }
         let mut shared_table = false;
         let mut lone_cluster = false;
         let mut wrong = false;
-        for ((cluster, copied), alone) in flagged.into_iter().zip(alone) {
+        for ((cluster, copied), alone) in flagged.into_iter().zip(said) {
             wrong |= copied != alone;
             if cluster == own {
                 shared_table = !alone;
@@ -157,7 +202,11 @@ impl<S: Storage> Worker<S> {
             }
         }
         // A copy of such a table would have flags missing.
-        Ok(wrong || (shared_table && lone_cluster))
+        Ok(if wrong || (shared_table && lone_cluster) {
+            Flagged::Wrong
+        } else {
+            Flagged::Right
+        })
     }
 
     /// Does the table name a cluster that has one reference?
@@ -166,22 +215,14 @@ impl<S: Storage> Worker<S> {
         target: Target<'_>,
         start: u64,
         table: &[u8],
+        alone: &mut Alone,
     ) -> Result<bool, Error> {
-        let mut named = named_clusters(target.mapping, HostOffset::new(start), table);
-        let alone = self.are_alone(target, &mut named).await?;
-        Ok(alone.contains(&true))
-    }
-
-    /// Sorts clusters, and says of each whether it has one reference.
-    async fn are_alone(
-        &self,
-        target: Target<'_>,
-        clusters: &mut [(u64, bool)],
-    ) -> Result<Vec<bool>, Error> {
-        clusters.sort_unstable();
-        let clusters: Vec<u64> = clusters.iter().map(|(cluster, _)| *cluster).collect();
-        let allocator = &target.active.allocator;
-        allocator.have_one_reference(&self.storage, &clusters).await
+        let named = named_clusters(target.mapping, HostOffset::new(start), table);
+        let clusters: Vec<u64> = named.into_iter().map(|(cluster, _)| cluster).collect();
+        let known = || clusters.iter().copied();
+        while !self.learn_alone(target, alone, known()).await?.complete {}
+        let said = self.are_alone(target, alone, &clusters).await?;
+        Ok(said.contains(&true))
     }
 
     /// Shares everything, so that all flags can be decided anew.
@@ -200,6 +241,7 @@ impl<S: Storage> Worker<S> {
         &self,
         target: Target<'_>,
         flags: &mut Flags,
+        alone: &mut Alone,
     ) -> Result<Option<u64>, Error> {
         let mapping = target.mapping;
         let cluster_size = mapping.geometry.cluster_size();
@@ -226,7 +268,9 @@ impl<S: Storage> Worker<S> {
                 .await;
             let fault = |error| Error::io(format!("cannot mend the L2 table at {start:#x}"), error);
             read.map_err(fault)?;
-            if mapping.version < 3 && self.has_lone_cluster(target, start, &table).await? {
+            let is_lone =
+                mapping.version < 3 && self.has_lone_cluster(target, start, &table, alone).await?;
+            if is_lone {
                 // Nobody else has this table: its count is too high, and stays so.
                 self.copy_table(target, l1_index, HostOffset::new(start))
                     .await?;
@@ -243,12 +287,13 @@ impl<S: Storage> Worker<S> {
         Ok(Some(moved))
     }
 
-    /// Adopts some tables. Returns the bytes that it read, `None` when there are no more.
+    /// Adopts some tables; `None` when there are no more.
     pub(super) async fn adopt_on(
         &self,
         target: Target<'_>,
         adopt: &mut Adopt,
-    ) -> Result<Option<u64>, Error> {
+        alone: &mut Alone,
+    ) -> Result<Option<Done>, Error> {
         let Target {
             mapping, active, ..
         } = target;
@@ -276,13 +321,11 @@ impl<S: Storage> Worker<S> {
             .iter()
             .map(|(table, ..)| table >> mapping.geometry.cluster_bits())
             .collect();
-        let alone = active
-            .allocator
-            .have_one_reference(&self.storage, &clusters)
-            .await?;
-        let alone = found.into_iter().zip(alone).filter(|(_, alone)| *alone);
-        let tables: Vec<_> = alone.map(|(table, _)| table).collect();
-        let mut named: Vec<(u64, bool, usize)> = Vec::new();
+        let lone = self.are_alone_now(target, alone, &clusters).await?;
+        let lone = found.into_iter().zip(lone).filter(|(_, lone)| *lone);
+        let tables: Vec<_> = lone.map(|(table, _)| table).collect();
+        let mut clusters: Vec<u64> = Vec::new();
+        let mut named: Vec<(bool, usize)> = Vec::new();
         let mut exact = vec![true; tables.len()];
         for (number, (start, ..)) in tables.iter().enumerate() {
             let buf = AlignedBuf::zeroed(to_usize(cluster_size));
@@ -295,19 +338,26 @@ impl<S: Storage> Worker<S> {
                 exact[number] = false;
                 continue;
             }
-            let clusters = named_clusters(mapping, table, &bytes).into_iter();
-            named.extend(clusters.map(|(cluster, copied)| (cluster, copied, number)));
+            for (cluster, copied) in named_clusters(mapping, table, &bytes) {
+                clusters.push(cluster);
+                named.push((copied, number));
+            }
         }
-        named.sort_unstable();
-        let clusters: Vec<u64> = named.iter().map(|(cluster, ..)| *cluster).collect();
-        let allocator = &active.allocator;
-        let alone = allocator
-            .have_one_reference(&self.storage, &clusters)
-            .await?;
-        for ((_, copied, number), alone) in named.into_iter().zip(alone) {
-            exact[number] &= copied == alone;
+        let count = to_u64(tables.len());
+        let read = count * cluster_size;
+        let known = clusters.iter().copied();
+        let learnt = self.learn_alone(target, alone, known).await?;
+        if !learnt.complete {
+            // The tables are looked at again when more is known.
+            return Ok(Some(Done {
+                tables: 0,
+                bytes: read + learnt.bytes,
+            }));
         }
-        let read = to_u64(tables.len()) * cluster_size;
+        let said = self.are_alone(target, alone, &clusters).await?;
+        for ((copied, number), said) in named.into_iter().zip(said) {
+            exact[number] &= copied == said;
+        }
         for ((_, l1_index, entry), exact) in tables.into_iter().zip(exact) {
             if !exact || !self.own(target, l1_index, entry) {
                 left.push(l1_index);
@@ -315,7 +365,10 @@ impl<S: Storage> Worker<S> {
         }
         adopt.left.append(&mut left);
         adopt.next = next;
-        Ok(Some(read))
+        Ok(Some(Done {
+            tables: count,
+            bytes: read + learnt.bytes,
+        }))
     }
 
     /// A table whose flags are right is ours, unless something has happened to it.

@@ -12,15 +12,16 @@
 //! but recorded (see [`Drops`](super::active::Drops)), and taken away once that snapshot and all
 //! older ones are settled.
 
+mod alone;
 mod background;
 mod commit;
-mod compressed;
 mod delete;
 mod flags;
 mod freeze;
 mod rebuild;
 mod reown;
 mod revert;
+mod room;
 mod settle;
 mod table;
 mod walk;
@@ -202,6 +203,10 @@ pub(crate) struct Snapshots {
     pub(crate) stay_dirty: AtomicBool,
     /// How far the first item of the queue is; held while a step is done.
     background: async_lock::Mutex<background::Background>,
+    /// What is known of counts; changes while the table is held.
+    known: Mutex<room::Known>,
+    /// How much a walk has in memory; tests make it less.
+    limits: Mutex<walk::Limits>,
     last_key: AtomicU64,
 }
 
@@ -216,6 +221,8 @@ impl Snapshots {
             rebuild: async_lock::Mutex::default(),
             stay_dirty: AtomicBool::new(false),
             background: async_lock::Mutex::default(),
+            known: Mutex::default(),
+            limits: Mutex::default(),
             last_key: AtomicU64::new(0),
         }
     }

@@ -12,6 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::alone::{Alone, Learnt};
 use crate::engine::cache::SliceKey;
 use crate::engine::cache::slice::SliceBody;
 use crate::engine::cache::store::Lookup;
@@ -25,9 +26,9 @@ use crate::storage::{AlignedBuf, Storage};
 use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of tables that are looked at together (at least one table).
-const BYTES_AT_ONCE: u64 = 1 << 20;
+const BYTES_AT_ONCE: u64 = 512 << 10;
 /// Bytes of modified slices after which a flush writes them.
-const MODIFIED_MAX: u64 = 4 << 20;
+const MODIFIED_MAX: u64 = 2 << 20;
 
 /// How far the tables of the active tree are looked at.
 #[derive(Debug, Default)]
@@ -110,6 +111,7 @@ impl<S: Storage> Worker<S> {
         &self,
         target: Target<'_>,
         reown: &mut Reown,
+        alone: &mut Alone,
     ) -> Result<Option<Done>, Error> {
         let Target {
             mapping, active, ..
@@ -148,8 +150,20 @@ impl<S: Storage> Worker<S> {
             bytes: 0,
         };
         let mut again = Vec::new();
-        let mut tables = self.find_tables(target, &indices, reown).await?;
-        done.bytes += self.ask(target, &mut tables).await?;
+        let loaded_before = reown.loaded.len();
+        let mut tables = self.find_tables(target, &indices, reown, alone).await?;
+        let learnt = self.ask(target, &mut tables, alone).await?;
+        done.bytes += learnt.bytes;
+        if !learnt.complete {
+            // The tables are looked at again when more is known. Found in the store then, their slices
+            // would count as used.
+            drop(tables);
+            for key in reown.loaded.drain(loaded_before..) {
+                self.image.store.forget_unused(key);
+            }
+            done.tables = 0;
+            return Ok(Some(done));
+        }
         for found in tables {
             let mut modified = 0;
             match self.decide(target, &found, &mut modified) {
@@ -193,10 +207,9 @@ impl<S: Storage> Worker<S> {
         target: Target<'_>,
         indices: &[usize],
         reown: &mut Reown,
+        alone: &Alone,
     ) -> Result<Vec<Found>, Error> {
-        let Target {
-            mapping, active, ..
-        } = target;
+        let mapping = target.mapping;
         let mut tables = Vec::new();
         for l1_index in indices {
             let entry = mapping.l1_entry(*l1_index);
@@ -208,10 +221,7 @@ impl<S: Storage> Worker<S> {
         }
         tables.sort_unstable_by_key(|table| table.0);
         let clusters: Vec<u64> = tables.iter().map(|table| table.0).collect();
-        let alone = active
-            .allocator
-            .have_one_reference(&self.storage, &clusters)
-            .await?;
+        let alone = self.are_alone_now(target, alone, &clusters).await?;
         let mut found = Vec::new();
         for ((_, l1_index, entry), _) in tables.iter().zip(alone).filter(|(_, alone)| *alone) {
             found.extend(self.find_table(target, *l1_index, *entry, reown).await?);
@@ -279,16 +289,11 @@ impl<S: Storage> Worker<S> {
         let count = mapping.geometry.cluster_size() / slice_bytes;
         let mut bodies = Pinned(Vec::with_capacity(to_usize(count)));
         let mut absent = Vec::new();
-        let mut first_loading = None;
+        let mut loading = Vec::new();
         for number in 0..count {
             match self.image.store.look_up(key(number)) {
-                Lookup::Live(body) if absent.is_empty() && first_loading.is_none() => {
-                    bodies.push(body);
-                }
-                Lookup::Live(_) => {}
-                Lookup::Loading(listener) => {
-                    first_loading.get_or_insert(listener);
-                }
+                Lookup::Live(body) => bodies.push(body),
+                Lookup::Loading(listener) => loading.push((number, listener)),
                 Lookup::Absent(ticket) => absent.push((number, ticket)),
             }
         }
@@ -301,55 +306,67 @@ impl<S: Storage> Worker<S> {
                 let start = to_usize(number * slice_bytes);
                 let bytes = &buf[start..start + to_usize(slice_bytes)];
                 let body = Self::new_body(mapping, key(number), bytes);
+                // Pinned before others see it, and not looked up: whoever does that has used it.
+                bodies.push(Arc::clone(&body));
                 reown.loaded.push(key(number));
                 ticket.finish_unused(body);
             }
         }
-        while bodies.0.len() < to_usize(count) {
-            let key = key(to_u64(bodies.0.len()));
-            match self.image.store.look_up(key) {
-                Lookup::Live(body) => bodies.push(body),
-                Lookup::Loading(listener) => listener.await,
-                // Evicted again: the store is very small.
-                Lookup::Absent(ticket) => {
-                    let body = self.load_slice(layer, mapping, key).await?;
-                    bodies.push(Arc::clone(&body));
-                    reown.loaded.push(key);
-                    ticket.finish_unused(body);
+        for (number, listener) in loading {
+            listener.await;
+            loop {
+                match self.image.store.look_up(key(number)) {
+                    Lookup::Live(body) => {
+                        bodies.push(body);
+                        break;
+                    }
+                    Lookup::Loading(listener) => listener.await,
+                    // Evicted again: the store is very small.
+                    Lookup::Absent(ticket) => {
+                        let body = self.load_slice(layer, mapping, key(number)).await?;
+                        bodies.push(Arc::clone(&body));
+                        reown.loaded.push(key(number));
+                        ticket.finish_unused(body);
+                        break;
+                    }
                 }
             }
         }
+        bodies.0.sort_unstable_by_key(|body| body.key().get());
         Ok(std::mem::take(&mut bodies.0))
     }
 
     /// Finds out which clusters of some tables have one reference, where that makes a difference.
-    /// Returns the bytes that it moved.
-    async fn ask(&self, target: Target<'_>, tables: &mut [Found]) -> Result<u64, Error> {
+    async fn ask(
+        &self,
+        target: Target<'_>,
+        tables: &mut [Found],
+        alone: &mut Alone,
+    ) -> Result<Learnt, Error> {
         let geometry = target.mapping.geometry;
-        let mut wanted: Vec<(u64, usize, usize)> = Vec::new();
+        let mut clusters: Vec<u64> = Vec::new();
+        let mut places: Vec<(usize, usize)> = Vec::new();
         for (number, found) in tables.iter_mut().enumerate() {
             for (index, entry) in found.entries.iter().enumerate() {
                 if let Some(host) = may_be_owned(target, found, index, *entry)
                     && !(found.owned && entry.copied())
                 {
-                    wanted.push((geometry.host_cluster(host).get(), number, index));
+                    clusters.push(geometry.host_cluster(host).get());
+                    places.push((number, index));
                 }
             }
             found.alone = vec![false; found.entries.len()];
         }
-        wanted.sort_unstable();
-        let clusters: Vec<u64> = wanted.iter().map(|(cluster, ..)| *cluster).collect();
-        let alone = target
-            .active
-            .allocator
-            .have_one_reference(&self.storage, &clusters)
+        let learnt = self
+            .learn_alone(target, alone, clusters.iter().copied())
             .await?;
-        for ((_, number, index), alone) in wanted.into_iter().zip(alone) {
-            tables[number].alone[index] = alone;
+        if learnt.complete {
+            let said = self.are_alone(target, alone, &clusters).await?;
+            for ((number, index), said) in places.into_iter().zip(said) {
+                tables[number].alone[index] = said;
+            }
         }
-        let entries = geometry.refcount_block_entries();
-        let blocks = clusters.chunk_by(|a, b| a / entries == b / entries);
-        Ok(to_u64(blocks.count()) * geometry.cluster_size())
+        Ok(learnt)
     }
 
     /// Sets and clears the copied flags of a table, and owns it. Adds the bytes of modified slices.

@@ -5,8 +5,18 @@
 //! because nobody but the background work changes the tables of a committed snapshot: they are not
 //! owned, and what was modified in memory was flushed before the commit.
 //!
-//! Restartable: `next` and the batch's `done` say exactly what has been counted.
+//! Most trees are a few long runs. Where there are too many, since the clusters lie in no order, the
+//! walk begins again and marks clusters in a bitmap instead: a *window* of the file at a time, with
+//! one pass over the tables for each. So a refcount block is read and written once, or once for each
+//! window, however the image is laid out. Nothing is counted before one of the two ways is decided
+//! on, and the tables are counted last, since they are read again until then.
+//!
+//! Restartable: the stage and the batch's `done` say exactly what has been counted.
+//!
+//! Memory: a window, a batch, the tables and refcount blocks at hand; 13 MiB at most with clusters of
+//! 64 KiB.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
@@ -26,9 +36,28 @@ use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 const READ_BYTES: u64 = 1 << 20;
 /// Reads in flight at a time.
 const READS_IN_FLIGHT: usize = 8;
-/// Runs that are gathered before they are counted: 8 MiB of memory. The more, the less often a
-/// refcount block comes up where an image is laid out at random.
-const RUNS_MAX: usize = 1 << 20;
+/// Runs that are gathered before they are counted: 2 MiB of memory, and what one read adds.
+const RUNS_MAX: usize = 1 << 18;
+/// Clusters of a window: 6 MiB of memory, more than a 2 TiB disk has with clusters of 64 KiB.
+const WINDOW_MAX: u64 = 48 << 20;
+/// Runs by which a list grows at least.
+const RUNS_MORE: usize = 1 << 14;
+
+/// How much of everything: smaller in tests.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) runs: usize,
+    pub(super) window: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            runs: RUNS_MAX,
+            window: WINDOW_MAX,
+        }
+    }
+}
 
 /// Runs of clusters whose counts are to change.
 #[derive(Debug, Default)]
@@ -60,7 +89,13 @@ impl Batch {
                 {
                     *last = PackedRun::new(last.start(), last.count() + piece);
                 }
-                _ => list.push(PackedRun::new(start, piece)),
+                _ => {
+                    if list.len() == list.capacity() {
+                        // Not twice as much: the lists are most of what a walk has in memory.
+                        list.reserve_exact(RUNS_MORE.max(list.len() / 8));
+                    }
+                    list.push(PackedRun::new(start, piece));
+                }
             }
             start += piece;
         }
@@ -70,18 +105,8 @@ impl Batch {
         self.data.len() + self.tables.len()
     }
 
-    /// What [`Self::restore`] goes back to: the lengths, and the last runs, which may grow.
-    fn mark(&self) -> [(usize, Option<PackedRun>); 2] {
-        [&self.data, &self.tables].map(|list| (list.len(), list.last().copied()))
-    }
-
-    fn restore(&mut self, mark: &[(usize, Option<PackedRun>); 2]) {
-        for (list, (len, last)) in [&mut self.data, &mut self.tables].into_iter().zip(mark) {
-            list.truncate(*len);
-            if let (Some(slot), Some(last)) = (list.last_mut(), last) {
-                *slot = *last;
-            }
-        }
+    fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Nothing more is added until everything is counted.
@@ -92,25 +117,97 @@ impl Batch {
     }
 
     fn is_counted(&self) -> bool {
-        self.data_done == self.data.len() && self.tables_done == self.tables.len()
+        self.sealed && self.data_done == self.data.len() && self.tables_done == self.tables.len()
     }
 }
 
-/// A tree that is being counted.
+/// Clusters of a part of the file, one bit each.
+#[derive(Debug)]
+struct Window {
+    clusters: Range<u64>,
+    marks: Vec<u64>,
+    /// Every table is read: what is marked is counted.
+    is_full: bool,
+    /// Clusters before this one are in a batch, or counted.
+    taken: u64,
+}
+
+impl Window {
+    fn new(clusters: Range<u64>) -> Self {
+        let words = to_usize((clusters.end - clusters.start).div_ceil(64));
+        Self {
+            taken: clusters.start,
+            clusters,
+            marks: vec![0; words],
+            is_full: false,
+        }
+    }
+
+    /// Marks those of some clusters that lie in the window; `again` gets what was marked already.
+    fn mark(&mut self, clusters: Range<u64>, mut again: impl FnMut(u64)) {
+        let first = clusters.start.max(self.clusters.start);
+        for cluster in first..clusters.end.min(self.clusters.end) {
+            let at = to_usize(cluster - self.clusters.start);
+            let bit = 1 << (at % 64);
+            if let Some(word) = self.marks.get_mut(at / 64) {
+                if *word & bit != 0 {
+                    again(cluster);
+                }
+                *word |= bit;
+            }
+        }
+    }
+
+    /// Moves marked clusters into a batch, until that has enough of them or nothing is left. Runs end
+    /// where refcount blocks do.
+    fn take(&mut self, entries: u64, batch: &mut Batch, runs_max: usize) {
+        while self.taken < self.clusters.end && batch.len() < runs_max {
+            let at = self.taken - self.clusters.start;
+            let word = self.marks.get(to_usize(at / 64)).copied().unwrap_or(0) >> (at % 64);
+            let left = (64 - at % 64).min(self.clusters.end - self.taken);
+            let absent = u64::from(word.trailing_zeros()).min(left);
+            let present = u64::from((word >> (absent % 64)).trailing_ones()).min(left - absent);
+            if present > 0 {
+                batch.push(entries, self.taken + absent, present, false);
+            }
+            self.taken += absent + present;
+        }
+    }
+}
+
+/// What a walk is doing.
+#[derive(Debug)]
+enum Stage {
+    /// Gathering runs.
+    Runs,
+    /// Marking clusters of a window, and counting them.
+    Window(Window),
+    /// Counting the tables from this one on.
+    Tables(usize),
+}
+
+/// How far a tree is walked.
 #[derive(Debug)]
 pub(super) struct Walk {
     root: Arc<Root>,
+    limits: Limits,
     /// L1 indices that name a table, by its place in the file.
     order: Vec<u32>,
-    /// How many of them are in the batch or counted.
+    /// How many of them are read in the present pass.
     next: usize,
+    /// How many of them have no copied flags any more.
+    cleared: usize,
+    stage: Stage,
     batch: Batch,
-    /// Bytes of tables that nobody was told of.
+    /// Where the clusters end that the tree can reach; known from the first window on.
+    end: u64,
+    /// Bytes of tables that are as good as done, and those that somebody was told of.
     done: u64,
+    told: u64,
 }
 
 impl Walk {
-    pub(super) fn new(root: &Arc<Root>) -> Self {
+    pub(super) fn new(root: &Arc<Root>, limits: Limits) -> Self {
         let mut order: Vec<u32> = (0_u32..)
             .zip(&root.l1)
             .filter(|(_, raw)| L1Entry(**raw).table_offset().is_some())
@@ -119,20 +216,43 @@ impl Walk {
         order.sort_unstable_by_key(|index| root.table(*index).map(HostOffset::get));
         Self {
             root: Arc::clone(root),
+            limits,
             order,
             next: 0,
+            cleared: 0,
+            stage: Stage::Runs,
             batch: Batch::default(),
+            end: 0,
             done: 0,
+            told: 0,
         }
     }
 
     pub(super) fn is_done(&self) -> bool {
-        self.next == self.order.len() && self.batch.is_counted()
+        matches!(self.stage, Stage::Tables(next) if next == self.order.len())
+            && (self.batch.is_empty() || self.batch.is_counted())
     }
 
     /// Bytes of tables since the last call.
     pub(super) fn take_done(&mut self) -> u64 {
-        std::mem::take(&mut self.done)
+        let more = self.done.saturating_sub(self.told);
+        self.told += more;
+        more
+    }
+
+    /// Some tables more are read: so much of all passes is done.
+    fn advance(&mut self, tables: usize, cluster_size: u64) {
+        self.next += tables;
+        let (pass, passes) = match &self.stage {
+            Stage::Window(window) => (
+                window.clusters.start / self.limits.window,
+                self.end.div_ceil(self.limits.window).max(1),
+            ),
+            Stage::Runs | Stage::Tables(_) => (0, 1),
+        };
+        let all = to_u64(self.order.len());
+        let read = pass * all + to_u64(self.next);
+        self.done = read * cluster_size / passes;
     }
 
     /// The next tables, as pieces of the file without gaps.
@@ -160,6 +280,82 @@ impl Walk {
         }
         Ok(pieces)
     }
+
+    /// Adds what a table reaches, which was judged.
+    fn gather(&mut self, mapping: &Mapping, start: u64, table: &[u8], suspicious: bool) {
+        let entries = mapping.geometry.refcount_block_entries();
+        let Self { stage, batch, .. } = self;
+        for_each_run(mapping, start, table, suspicious, |run| match stage {
+            Stage::Window(window) => {
+                window.mark(run, |cluster| batch.push(entries, cluster, 1, false));
+            }
+            Stage::Runs | Stage::Tables(_) => {
+                batch.push(entries, run.start, run.end - run.start, false);
+            }
+        });
+    }
+
+    /// What to do when some tables are gathered: seals what must be counted first.
+    fn decide(&mut self, clusters_end: u64) {
+        let all_read = self.next == self.order.len();
+        match &mut self.stage {
+            Stage::Runs if self.batch.len() > self.limits.runs && !all_read => {
+                self.batch = Batch::default();
+                self.next = 0;
+                self.end = clusters_end;
+                let window = 0..clusters_end.min(self.limits.window);
+                self.stage = Stage::Window(Window::new(window));
+            }
+            Stage::Runs if all_read => {
+                self.batch.seal();
+                self.stage = Stage::Tables(0);
+            }
+            Stage::Runs => {}
+            Stage::Window(window) => {
+                // What is named more than once in it is counted on its own.
+                window.is_full = all_read;
+                if self.batch.len() > self.limits.runs || (all_read && !self.batch.is_empty()) {
+                    self.batch.seal();
+                }
+            }
+            Stage::Tables(_) => {}
+        }
+    }
+
+    /// Fills the batch with what is to be counted next, where all tables are read. False: some are not.
+    fn refill(&mut self, mapping: &Mapping) -> bool {
+        let entries = mapping.geometry.refcount_block_entries();
+        match &mut self.stage {
+            Stage::Window(window) if window.is_full => {
+                window.take(entries, &mut self.batch, self.limits.runs);
+                if self.batch.is_empty() {
+                    let start = window.clusters.end;
+                    let window = start..self.end.min(start + self.limits.window);
+                    self.stage = if window.is_empty() {
+                        Stage::Tables(0)
+                    } else {
+                        self.next = 0;
+                        Stage::Window(Window::new(window))
+                    };
+                } else {
+                    self.batch.seal();
+                }
+                true
+            }
+            Stage::Tables(next) => {
+                let cluster_bits = mapping.geometry.cluster_bits();
+                let tables = self.order[*next..].iter().take(self.limits.runs);
+                *next += tables.len();
+                for table in tables.filter_map(|index| self.root.table(*index)) {
+                    let cluster = table.get() >> cluster_bits;
+                    self.batch.push(entries, cluster, 1, true);
+                }
+                self.batch.seal();
+                true
+            }
+            Stage::Runs | Stage::Window(_) => false,
+        }
+    }
 }
 
 impl Root {
@@ -184,6 +380,7 @@ impl<S: Storage> Worker<S> {
         walk: &mut Walk,
         change: Change,
     ) -> Result<u64, Error> {
+        let mapping = target.mapping;
         if walk.batch.sealed {
             let bytes = self.count_batch(target, &mut walk.batch, change).await?;
             if walk.batch.is_counted() {
@@ -191,7 +388,9 @@ impl<S: Storage> Worker<S> {
             }
             return Ok(bytes);
         }
-        let mapping = target.mapping;
+        if walk.refill(mapping) {
+            return Ok(0);
+        }
         let cluster_size = mapping.geometry.cluster_size();
         let pieces = walk.upcoming(mapping)?;
         let read: Vec<(Piece, AlignedBuf)> = stream::iter(pieces)
@@ -199,34 +398,30 @@ impl<S: Storage> Worker<S> {
             .buffered(READS_IN_FLIGHT)
             .try_collect()
             .await?;
-        let mut moved = 0;
-        for (piece, buf) in &read {
-            moved += to_u64(buf.len());
-            if change == Change::Raise {
-                moved += self.clear_copied_flags(target, piece, buf).await?;
-            }
-        }
-        let mut batch = std::mem::take(&mut walk.batch);
-        let before = batch.mark();
-        let mut tables = 0;
+        let mut moved = read.iter().map(|(_, buf)| to_u64(buf.len())).sum();
+        let mut tables: Vec<(u64, &[u8], bool)> = Vec::new();
         for (piece, buf) in &read {
             let bytes = buf.chunks_exact(to_usize(cluster_size));
             for ((number, l1_index), table) in (0_u64..).zip(&piece.tables).zip(bytes) {
                 let start = piece.start + number * cluster_size;
-                if let Err(error) = gather(mapping, *l1_index, start, table, change, &mut batch) {
-                    batch.restore(&before);
-                    walk.batch = batch;
-                    return Err(error.context(format!("snapshot '{}'", walk.root.name)));
-                }
-                tables += 1;
+                let suspicious = judge(mapping, *l1_index, start, table)
+                    .map_err(|error| error.context(format!("snapshot '{}'", walk.root.name)))?;
+                tables.push((start, table, suspicious));
             }
         }
-        walk.batch = batch;
-        walk.next += tables;
-        walk.done += to_u64(tables) * cluster_size;
-        if walk.batch.len() >= RUNS_MAX || walk.next == walk.order.len() {
-            walk.batch.seal();
+        if change == Change::Raise && walk.next >= walk.cleared {
+            for (piece, buf) in &read {
+                moved += self.clear_copied_flags(target, piece, buf).await?;
+            }
+            walk.cleared = walk.next + tables.len();
         }
+        // Nothing fails from here on.
+        for (start, table, suspicious) in &tables {
+            walk.gather(mapping, *start, table, *suspicious);
+        }
+        walk.advance(tables.len(), cluster_size);
+        let end = target.active.allocator.end_offset();
+        walk.decide(end.div_ceil(cluster_size));
         Ok(moved)
     }
 
@@ -282,37 +477,37 @@ impl<S: Storage> Worker<S> {
     }
 }
 
-/// Adds what a table reaches, and the table itself.
-fn gather(
-    mapping: &Mapping,
-    l1_index: usize,
-    start: u64,
-    table: &[u8],
-    change: Change,
-    batch: &mut Batch,
-) -> Result<(), Error> {
+/// Looks for damage in a table of a snapshot; says whether any entry needs a look of its own.
+fn judge(mapping: &Mapping, l1_index: usize, start: u64, table: &[u8]) -> Result<bool, Error> {
     let geometry = mapping.geometry;
-    let entries = geometry.refcount_block_entries();
-    let raw = || {
-        table
-            .chunks_exact(8)
-            .map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
-    };
     let place = HostOffset::new(start);
-    let suspicious = mapping.is_suspicious(place, raw());
-    if suspicious {
-        // Some entry is damaged: which one?
-        let first = to_u64(l1_index).saturating_mul(geometry.l2_table_span());
-        for (index, raw) in (0_u64..).zip(raw()) {
-            let guest = first.saturating_add(index << geometry.cluster_bits());
-            if !mapping.is_lost(place, L2Entry(raw)) {
-                mapping.cluster(place, GuestOffset::new(guest), L2Entry(raw))?;
-            }
+    if !mapping.is_suspicious(place, words(table)) {
+        return Ok(false);
+    }
+    // Some entry is damaged, or lost: which one?
+    let first = to_u64(l1_index).saturating_mul(geometry.l2_table_span());
+    for (index, raw) in (0_u64..).zip(words(table)) {
+        let guest = first.saturating_add(index << geometry.cluster_bits());
+        if !mapping.is_lost(place, L2Entry(raw)) {
+            mapping.cluster(place, GuestOffset::new(guest), L2Entry(raw))?;
         }
     }
-    // Joined here, pushed when it ends: most tables are a few long runs.
+    Ok(true)
+}
+
+/// Shows the clusters that a table reaches, as runs; none of lost data.
+fn for_each_run(
+    mapping: &Mapping,
+    start: u64,
+    table: &[u8],
+    suspicious: bool,
+    mut see: impl FnMut(Range<u64>),
+) {
+    let geometry = mapping.geometry;
+    let place = HostOffset::new(start);
+    // Joined here: most tables are a few long runs.
     let mut run = 0..0;
-    for raw in raw() {
+    for raw in words(table) {
         if raw == 0 || (suspicious && mapping.is_lost(place, L2Entry(raw))) {
             continue;
         }
@@ -325,17 +520,74 @@ fn gather(
                 let touched = compressed_host_clusters(geometry, host, bytes);
                 (touched.start().get(), touched.end().get())
             }
-            // An entry that does not decode was an error above.
+            // An entry that does not decode was an error when it was judged.
             Ok(Cluster::Unallocated | Cluster::ZeroPlain) | Err(_) => continue,
         };
         if first != run.end {
-            batch.push(entries, run.start, run.end - run.start, false);
+            if !run.is_empty() {
+                see(run);
+            }
             run = first..first;
         }
         run.end = last + 1;
     }
-    batch.push(entries, run.start, run.end - run.start, false);
-    let own = start >> geometry.cluster_bits();
-    batch.push(entries, own, 1, change != Change::Raise);
-    Ok(())
+    if !run.is_empty() {
+        see(run);
+    }
+}
+
+fn words(table: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    table
+        .chunks_exact(8)
+        .map(|chunk| chunk.try_into().map_or(0, u64::from_be_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(window: &mut Window, entries: u64, runs_max: usize) -> Vec<Vec<(u64, u64)>> {
+        let mut batches = Vec::new();
+        loop {
+            let mut batch = Batch::default();
+            window.take(entries, &mut batch, runs_max);
+            if batch.is_empty() {
+                return batches;
+            }
+            let runs = batch.data.iter().map(|run| (run.start(), run.count()));
+            batches.push(runs.collect());
+        }
+    }
+
+    #[test]
+    fn a_window_gives_back_what_was_marked_in_it() {
+        let mut window = Window::new(100..1000);
+        let mut again = Vec::new();
+        for run in [90..103, 500..700, 102..104, 998..1002] {
+            window.mark(run, |cluster| again.push(cluster));
+        }
+        assert_eq!(again, [102]);
+        let runs = taken(&mut window, 256, usize::MAX);
+        assert_eq!(
+            runs,
+            [[(100, 4), (500, 12), (512, 188), (998, 2)]],
+            "cut at multiples of 256"
+        );
+    }
+
+    #[test]
+    fn a_window_is_given_back_in_parts() {
+        let mut window = Window::new(0..64 * 20);
+        for cluster in (0..64 * 20).step_by(2) {
+            window.mark(cluster..cluster + 1, |_| panic!("marked once"));
+        }
+        let batches = taken(&mut window, 1 << 20, 100);
+        let clusters: Vec<u64> = batches.concat().into_iter().map(|run| run.0).collect();
+        assert!(
+            batches
+                .iter()
+                .all(|batch| batch.len() == 100 || batch.len() == 40)
+        );
+        assert!(clusters.into_iter().eq((0..64 * 20).step_by(2)));
+    }
 }

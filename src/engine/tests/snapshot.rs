@@ -4,7 +4,7 @@
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
 use crate::engine::{BackgroundKind, ErrorKind, OpenOptions, Step};
-use crate::format::Header;
+use crate::format::{Header, refcount};
 use crate::storage::sim::{OpKind, yield_now};
 
 fn mixed(cluster: u64) -> Fill {
@@ -165,6 +165,11 @@ fn under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     let mut random = fastrand::Rng::with_seed(seed);
     for round in ["a", "b"] {
         rig.open(&options(&mut random))?;
+        if random.bool() {
+            let memory = [0, 64, 4 << 10][random.usize(..3)];
+            let window = random.u64(1..200);
+            rig.image().limit_memory(random.usize(1..9), window, memory);
+        }
         for _ in 0..random.u64(1..4) {
             let load = chaos(rig.worker(), random.fork(), 60, Mix::ALL);
             rig.driver.spawn(load);
@@ -303,6 +308,25 @@ fn after_the_last_delete_everything_is_written_in_place() {
     done(rig);
 }
 
+/// Owning again goes through the shared cache. What only it has loaded must not stay there: that would
+/// be the metadata of the whole image.
+#[test]
+fn background_work_leaves_nothing_in_the_cache() {
+    let mut rig = opened(all_data());
+    let client = rig.worker();
+    rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.settle().await;
+        client.write(77, 3).await.expect("a write");
+        client.flush().await.expect("a flush");
+        let before = client.worker.image().store.len();
+        client.delete("a").await.expect("a delete");
+        client.settle().await;
+        assert_eq!(client.worker.image().store.len(), before);
+    });
+    done(rig);
+}
+
 /// A request has taken a cluster and copies its old bytes, when the only other reference to them
 /// goes: an owner now would write in place what the copy overtakes.
 #[test]
@@ -382,6 +406,141 @@ fn compressed_data_without_room_in_its_refcount_is_refused_before_the_instant() 
     }
 }
 
+/// An image of which one cluster, the table at `0` or the data of an entry of it, has another count
+/// in the file. The copied flags that contradict it go.
+fn counted(recipe: Recipe, which: Option<u64>, count: u64) -> Rig {
+    let rig = Rig::new(recipe, 1);
+    let bytes = rig.disk.contents(IMAGE);
+    let header = Header::decode(&bytes).expect("a header");
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    };
+    let copied = 1 << 63;
+    let mut at = header.l1_table_offset.get();
+    if let Some(index) = which {
+        at = (word(at) & 0x00ff_ffff_ffff_fe00) + index * 8;
+    }
+    let entry = word(at) & !copied;
+    rig.disk.poke(IMAGE, at, &entry.to_be_bytes());
+    let cluster = (entry & 0x00ff_ffff_ffff_ffff) >> recipe.cluster_bits;
+    let block = word(header.refcount_table_offset.get());
+    let geometry = recipe.geometry();
+    let bytes_per_count = (1 << geometry.refcount_order()) / 8;
+    let raw = count.to_be_bytes();
+    let raw = &raw[8 - usize::try_from(bytes_per_count).expect("small")..];
+    rig.disk.poke(IMAGE, block + cluster * bytes_per_count, raw);
+    rig
+}
+
+fn full(order: u32, which: Option<u64>, count: u64) -> Rig {
+    let recipe = Recipe {
+        refcount_order: order,
+        ..all_data()
+    };
+    let mut rig = counted(recipe, which, count);
+    rig.open(&OpenOptions::default()).expect("opens");
+    rig
+}
+
+/// A count that nothing explains is at its maximum: a settle could not add to it.
+#[test]
+fn a_count_without_room_is_refused_before_the_instant_at_every_width() {
+    for order in 3..=6 {
+        for which in [None, Some(3)] {
+            let mut rig = full(order, which, refcount::most(order));
+            let client = rig.worker();
+            let refused = rig.block_on(async move {
+                // Not in the table at stake: it would be copied.
+                client.write(5000, 9).await.expect("a write");
+                let refused = client.snapshot("a").await.expect_err("no room");
+                client.write(5008, 9).await.expect("a write");
+                refused
+            });
+            assert_eq!(refused.kind(), ErrorKind::Unsupported, "{order}");
+            assert!(refused.to_string().contains("have no room"), "{refused}");
+            assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+        }
+    }
+}
+
+/// Room for two: snapshots that are not settled yet need it, too, and a deleted one gives it back.
+#[test]
+fn snapshots_that_are_not_settled_count_for_the_room_of_the_next() {
+    for order in 3..=6 {
+        for settle_first in [true, false] {
+            let mut rig = full(order, Some(3), refcount::most(order) - 2);
+            let client = rig.worker();
+            rig.block_on(async move {
+                for name in ["a", "b"] {
+                    client.snapshot(name).await.expect("there is room");
+                    if settle_first {
+                        client.settle().await;
+                    }
+                }
+                let refused = client.snapshot("c").await.expect_err("no room");
+                assert_eq!(refused.kind(), ErrorKind::Unsupported);
+                client.settle().await;
+                client.delete("a").await.expect("a delete");
+                client.settle().await;
+                client.snapshot("c").await.expect("there is room again");
+                client.settle().await;
+            });
+            assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+        }
+    }
+}
+
+/// A cluster that no snapshot would share may be counted as high as it likes.
+#[test]
+fn a_high_count_that_the_snapshot_does_not_share_is_no_reason_to_refuse() {
+    let mut rig = full(4, Some(3), refcount::most(4));
+    let client = rig.worker();
+    rig.block_on(async move {
+        // The cluster is copied: its count is the image's own business now.
+        client.write(3 * 8, 8).await.expect("a write");
+        client.flush().await.expect("a flush");
+        client.snapshot("a").await.expect("a snapshot");
+        client.settle().await;
+    });
+    assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+}
+
+/// More than half of the counts of 16 bits can say, in one host cluster of compressed data.
+#[test]
+fn compressed_data_can_fill_a_count_of_16_bits() {
+    const PIECES: u64 = 40_000;
+    let recipe = Recipe {
+        fill: |cluster| match cluster {
+            0 => Fill::Compressed,
+            _ => Fill::Zero,
+        },
+        ..Recipe::plain(9, PIECES << 9)
+    };
+    let mut rig = counted(recipe, Some(0), PIECES);
+    let bytes = rig.disk.contents(IMAGE);
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    };
+    let l1 = Header::decode(&bytes)
+        .expect("a header")
+        .l1_table_offset
+        .get();
+    let table = |index: u64| word(l1 + index * 8) & 0x00ff_ffff_ffff_fe00;
+    let compressed = word(table(0));
+    for piece in 1..PIECES {
+        let at = table(piece / 64) + piece % 64 * 8;
+        rig.disk.poke(IMAGE, at, &compressed.to_be_bytes());
+    }
+    rig.open(&OpenOptions::default()).expect("opens");
+    let client = rig.worker();
+    let refused = rig.block_on(async move { client.snapshot("a").await });
+    let refused = refused.expect_err("80000 references");
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    assert!(refused.to_string().contains("compressed"), "{refused}");
+}
+
 /// A damaged entry in a snapshot's table must not become a count of something else.
 #[test]
 fn a_damaged_entry_stops_the_work_with_an_error() {
@@ -428,8 +587,13 @@ fn a_damaged_entry_stops_the_work_with_an_error() {
 }
 
 /// One operation of the background work fails; it goes on where it was, and counts nothing twice.
-fn one_failure(recipe: Recipe, kind: OpKind, nth: u64, seed: u64) -> Result<bool, Violation> {
-    let mut rig = Rig::new(recipe, seed);
+fn one_failure(
+    recipe: Recipe,
+    kind: OpKind,
+    nth: u64,
+    is_limited: bool,
+) -> Result<bool, Violation> {
+    let mut rig = Rig::new(recipe, nth);
     let small = OpenOptions {
         l2_cache_size: Some(1 << 10),
         l2_cache_entry_size: Some(512),
@@ -437,6 +601,10 @@ fn one_failure(recipe: Recipe, kind: OpKind, nth: u64, seed: u64) -> Result<bool
         ..OpenOptions::default()
     };
     rig.open(&small)?;
+    if is_limited {
+        // Several passes over the tables.
+        rig.image().limit_memory(3, 150, 0);
+    }
     let client = rig.worker();
     let result = rig.block_on(async move {
         for name in ["a", "b"] {
@@ -483,16 +651,18 @@ fn a_step_that_fails_is_tried_again_and_counts_nothing_twice() {
         fill: mixed,
         ..Recipe::plain(9, 64 << 10)
     };
-    for (kind, recoveries_min) in [(OpKind::Read, 3), (OpKind::Write, 3), (OpKind::Punch, 0)] {
-        let mut recoveries = 0;
-        for nth in 1.. {
-            match one_failure(recipe, kind, nth, nth) {
-                Ok(true) => recoveries += 1,
-                Ok(false) => break,
-                Err(violation) => panic!("{kind:?} {nth}: {violation}"),
+    for is_limited in [false, true] {
+        for (kind, recoveries_min) in [(OpKind::Read, 3), (OpKind::Write, 3), (OpKind::Punch, 0)] {
+            let mut recoveries = 0;
+            for nth in 1.. {
+                match one_failure(recipe, kind, nth, is_limited) {
+                    Ok(true) => recoveries += 1,
+                    Ok(false) => break,
+                    Err(violation) => panic!("{kind:?} {nth}: {violation}"),
+                }
             }
+            assert!(recoveries > recoveries_min, "{kind:?}: {recoveries}");
         }
-        assert!(recoveries > recoveries_min, "{kind:?}: {recoveries}");
     }
 }
 
