@@ -103,6 +103,11 @@ impl Drops {
     pub(crate) fn take(&mut self) -> Vec<Dropped> {
         std::mem::take(&mut self.now)
     }
+
+    /// The next flush has something to take away.
+    fn has_some(&self) -> bool {
+        !self.now.is_empty()
+    }
 }
 
 /// Neighbours become one run.
@@ -161,6 +166,11 @@ impl Active {
         for table in tables {
             l1.unnamed_tables.remove(table);
         }
+    }
+
+    /// Something was dropped that the next flush takes away.
+    pub(crate) fn has_dropped(&self) -> bool {
+        lock(&self.drops).has_some()
     }
 
     /// Records that an entry no longer refers to what it did. `own`: the entry had the copied flag,

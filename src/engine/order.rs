@@ -180,6 +180,35 @@ pub(crate) fn is_broken(rule: Rule) -> bool {
     BROKEN.get() == Some(rule)
 }
 
+/// What another thread does in one gap between the steps of a collection.
+#[cfg(test)]
+type Meanwhile = (u32, Box<dyn FnOnce()>);
+
+#[cfg(test)]
+std::thread_local! {
+    static MEANWHILE: std::cell::RefCell<Option<Meanwhile>> =
+        const { std::cell::RefCell::new(None) };
+}
+
+/// Has the next collection on this thread call `work` in its gap `number`, once.
+#[cfg(test)]
+pub(crate) fn meanwhile(number: u32, work: impl FnOnce() + 'static) {
+    MEANWHILE.set(Some((number, Box::new(work))));
+}
+
+/// Gaps of a collection, from 1 on.
+#[cfg(test)]
+pub(crate) const GAPS: u32 = 5;
+
+#[cfg(test)]
+fn gap(number: u32) {
+    let is_meant = |meant: &mut Meanwhile| meant.0 == number;
+    let meant = MEANWHILE.with_borrow_mut(|meanwhile| meanwhile.take_if(is_meant));
+    if let Some((_, work)) = meant {
+        work();
+    }
+}
+
 /// `true` when the rule is in force: always, outside of tests.
 macro_rules! keeps {
     ($rule:ident) => {{
@@ -462,6 +491,8 @@ impl<S: Storage> Worker<S> {
 
     fn collect(&self, mapping: &Mapping, active: &Active) -> Collected {
         let dropped = lock(&active.drops).take();
+        #[cfg(test)]
+        gap(1);
         let (l1_indices, l1_values) = {
             let mut l1 = lock(&active.l1);
             let mut indices = std::mem::take(&mut l1.modified);
@@ -473,8 +504,12 @@ impl<S: Storage> Worker<S> {
                 .collect();
             (indices, values)
         };
+        #[cfg(test)]
+        gap(2);
         let mut bodies = self.image.store.take_modified();
         bodies.sort_unstable_by_key(|body| body.key().get());
+        #[cfg(test)]
+        gap(3);
         let mut new_tables = Vec::new();
         let mut slices = Vec::new();
         let slice_bytes = to_usize(mapping.slice_bytes());
@@ -482,6 +517,8 @@ impl<S: Storage> Worker<S> {
         // slices are listed and it is named here, and who waits for that lock must get it. A named
         // table stays named; one that is not stays so until this flush has written its name.
         let unnamed = lock(&active.l1).unnamed_tables.clone();
+        #[cfg(test)]
+        gap(4);
         for body in &bodies {
             body.pin();
             let host_offset = body.key().host_offset().get();
@@ -494,6 +531,8 @@ impl<S: Storage> Worker<S> {
             body.encode_locked(&state, target);
             drop(state);
         }
+        #[cfg(test)]
+        gap(5);
         let (blocks, names) = active.allocator.collect();
         let tables: HashSet<u64> = l1_values
             .iter()

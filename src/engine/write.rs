@@ -112,14 +112,29 @@ impl<S: Storage> Worker<S> {
             active,
         };
         let mut done = 0;
+        let mut may_flush = true;
         while done < sg.len() {
-            let span = self
-                .look(target, pin, offset + done, sg.len() - done)
-                .await?;
-            done += self
-                .write_span(&span, pin, offset + done, &sg.slice(done, sg.len() - done))
-                .await?;
-            drop(span);
+            let stepped = async {
+                let span = self
+                    .look(target, pin, offset + done, sg.len() - done)
+                    .await?;
+                self.write_span(&span, pin, offset + done, &sg.slice(done, sg.len() - done))
+                    .await
+            }
+            .await;
+            done += match stepped {
+                // What was dropped can be used again after a flush, if no older pin is left: nor
+                // one of ours.
+                Err(error)
+                    if error.kind() == ErrorKind::NoSpace && may_flush && active.has_dropped() =>
+                {
+                    may_flush = false;
+                    self.flush().await?;
+                    *pin = self.pin();
+                    0
+                }
+                result => result?,
+            };
             self.relieve().await?;
         }
         Ok(())

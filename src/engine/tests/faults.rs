@@ -258,3 +258,27 @@ fn a_full_host_is_the_guests_error_and_nothing_is_lost() {
         rig.judge_closed().expect("clean");
     }
 }
+
+/// A device is full of clusters that were given back but for a flush: no write fails for that.
+#[test]
+fn what_was_given_back_is_used_before_a_write_fails_for_want_of_space() {
+    for seed in seeds(4) {
+        let recipe = Recipe {
+            device: Some(24),
+            ..Recipe::plain(12, 64 << 10)
+        };
+        let mut rig = Rig::new(recipe, seed);
+        rig.open(&OpenOptions::default()).expect("opens");
+        let client = rig.worker();
+        rig.block_on(async move {
+            for round in 0..100 {
+                let first = round % 16 * 8;
+                client.write(first, 3).await.expect("there is space");
+                client.discard(first, 8).await.expect("discard");
+            }
+        });
+        rig.verdict().expect("reads are right");
+        rig.close().expect("closes");
+        rig.judge_closed().expect("clean");
+    }
+}

@@ -10,7 +10,9 @@ use std::task::{Context, Waker};
 
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, counted, seeds, violation};
+use crate::engine::order::{GAPS, meanwhile};
 use crate::engine::{ErrorKind, OpenOptions, State};
+use crate::storage::block_on;
 use crate::storage::sim::{CutMode, Fault, OpKind, Outcome, SimDisk};
 use crate::units::to_usize;
 
@@ -739,5 +741,68 @@ fn a_failed_sync_of_a_longer_refcount_table_fails_the_image() {
         rig.image = None;
         rig.judge_trees().expect("old or new");
         assert!(!rig.disk.contents(IMAGE).is_empty());
+    }
+}
+
+/// Another thread links, copies tables and drops clusters in one gap between the steps in which a
+/// flush collects what it will write. Here it does so on the flush's own thread.
+fn others_link_while_a_flush_collects(gap: u32, seed: u64) -> Result<(), Violation> {
+    let recipe = Recipe {
+        fill: data,
+        snapshot: true,
+        ..Recipe::plain(9, 96 << 10)
+    };
+    let roomy = OpenOptions {
+        l2_cache_size: Some(1 << 20),
+        ..OpenOptions::default()
+    };
+    let mix = Mix {
+        discard: 6,
+        flush: 0,
+        longest: 4,
+        ..Mix::ALL
+    };
+    let mut rig = Rig::opened(recipe, seed, &roomy)?;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (first, other) = (rig.worker(), rig.worker());
+    rig.act(chaos(first.clone(), random.fork(), 6, mix))?;
+    let (disk, others) = (rig.disk.clone(), random.fork());
+    meanwhile(gap, move || {
+        disk.set_immediate(true);
+        block_on(chaos(other, others, 8, mix));
+        disk.set_immediate(false);
+    });
+    rig.driver.spawn(async move {
+        // The second writes what the first has allowed.
+        first.flush().await.is_ok() && first.flush().await.is_ok()
+    });
+    loop {
+        let disk = rig.disk.clone();
+        let moment = move || (disk.ops(), disk.in_flight().len());
+        let before = moment();
+        let outcome = rig.driver.run_until(|| moment() != before);
+        rig.verdict()?;
+        if outcome == Outcome::Stuck {
+            break;
+        }
+        let mode = match random.u8(..4) {
+            0 => CutMode::NothingUnflushed,
+            1 => CutMode::AllButOneWrite,
+            _ => CutMode::Random,
+        };
+        let cut = rig.disk.power_cut(&mut random, mode);
+        rig.after_cut(cut, seed).judge_cut(seed, false)?;
+    }
+    rig.finish()
+}
+
+#[test]
+fn what_others_link_while_a_flush_collects_is_written_in_order() {
+    for gap in 1..=GAPS {
+        for seed in seeds(40) {
+            if let Err(violation) = others_link_while_a_flush_collects(gap, seed) {
+                panic!("gap {gap}, SEED={seed}: {violation}");
+            }
+        }
     }
 }
