@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use super::active::{Active, Drops, L1State};
 use super::allocator::{Allocator, AllocatorParts};
+use super::cache::SliceKey;
 use super::cache::store::Store;
 use super::check;
 use super::error::{Error, ErrorKind};
@@ -208,6 +209,7 @@ impl Image {
             layers.push(Layer {
                 file: spec.file,
                 index: layer_index,
+                key: SliceKey::new(layer_index, HostOffset::new(0)),
                 size,
                 kind,
             });
