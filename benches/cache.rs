@@ -149,11 +149,23 @@ fn numbers(slots: usize) -> std::ops::Range<usize> {
     0..FIRST + slices_in_all(slots)
 }
 
-/// Something that finds slices. All are inlined by force, lest a call and the registers that it saves
+/// Something that finds slices. What misses is done outside of the loop of hits, for everybody. All are inlined by force, lest a call and the registers that it saves
 /// are measured for some of them.
 trait Cache {
-    /// Loads entry `index` of the slice at `offset`.
-    fn look_up(&mut self, offset: u64, index: usize) -> u64;
+    /// Loads entry `index` of the slice at `offset`. `None`: it is not here.
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64>;
+
+    /// Does what is left to do for a lookup that was answered `None`.
+    fn miss(&mut self, offset: u64, index: usize) -> u64;
+}
+
+/// The `miss` of a cache that has everything or brings it in `look_up`.
+macro_rules! never_misses {
+    () => {
+        fn miss(&mut self, offset: u64, _index: usize) -> u64 {
+            unreachable!("{offset:#x} was not found")
+        }
+    };
 }
 
 /// See `array` in the text above.
@@ -173,9 +185,11 @@ impl Array {
 
 impl Cache for Array {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
-        self.slices[self.shape.number_of(offset)][index].load(Ordering::Acquire)
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
+        Some(self.slices[self.shape.number_of(offset)][index].load(Ordering::Acquire))
     }
+
+    never_misses!();
 }
 
 /// See `flat` in the text above. Also the memory that the baselines' tables are in.
@@ -202,9 +216,11 @@ impl Flat {
 
 impl Cache for Flat {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
-        self.entries[Self::start_of(offset) + index].load(Ordering::Acquire)
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
+        Some(self.entries[Self::start_of(offset) + index].load(Ordering::Acquire))
     }
+
+    never_misses!();
 }
 
 /// Our directory; `bodies` stand for the store behind it.
@@ -240,7 +256,7 @@ impl Ours {
     /// Brings a slice that the directory does not have.
     #[cold]
     #[inline(never)]
-    fn miss(&mut self, offset: u64, index: usize, pins: bool) -> u64 {
+    fn bring(&mut self, offset: u64, index: usize, pins: bool) -> u64 {
         let body = &self.bodies[self.shape.number_of(offset)];
         self.directory.install(Arc::clone(body), self.shape.bits);
         if pins {
@@ -253,12 +269,14 @@ impl Ours {
 
 impl Cache for Ours {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
         let key = SliceKey::new(0, HostOffset::new(offset));
-        match self.directory.get(key, self.shape.bits) {
-            Some(found) => found.entry(index).0,
-            None => self.miss(offset, index, false),
-        }
+        let found = self.directory.get(key, self.shape.bits)?;
+        Some(found.entry(index).0)
+    }
+
+    fn miss(&mut self, offset: u64, index: usize) -> u64 {
+        self.bring(offset, index, false)
     }
 }
 
@@ -267,15 +285,17 @@ struct OursPinned(Ours);
 
 impl Cache for OursPinned {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
         let Self(ours) = self;
         let key = SliceKey::new(0, HostOffset::new(offset));
-        let Some((found, ticket)) = ours.directory.get_pinned(key, ours.shape.bits) else {
-            return ours.miss(offset, index, true);
-        };
+        let (found, ticket) = ours.directory.get_pinned(key, ours.shape.bits)?;
         let entry = found.entry(index).0;
         ours.directory.put(&ticket);
-        entry
+        Some(entry)
+    }
+
+    fn miss(&mut self, offset: u64, index: usize) -> u64 {
+        self.0.bring(offset, index, true)
     }
 }
 
@@ -374,15 +394,17 @@ struct Scan(Table);
 
 impl Cache for Scan {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
         let got = self.0.get(offset, 0);
         let table = self.0.places[got].table;
         let entry = self.0.flat.entries[table + index].load(Ordering::Acquire);
         if let Some(place) = self.0.places.iter().position(|seen| seen.table == table) {
             self.0.put(place);
         }
-        entry
+        Some(entry)
     }
+
+    never_misses!();
 }
 
 /// The design of today.
@@ -395,40 +417,103 @@ fn probe_start(offset: u64, shape: Shape, slots: usize) -> usize {
 
 impl Cache for Probe {
     #[inline(always)]
-    fn look_up(&mut self, offset: u64, index: usize) -> u64 {
+    fn look_up(&mut self, offset: u64, index: usize) -> Option<u64> {
         let start = probe_start(offset, self.0.flat.shape, self.0.places.len());
         let place = self.0.get(offset, start);
         let table = self.0.places[place].table;
         let entry = self.0.flat.entries[table + index].load(Ordering::Acquire);
         self.0.put(place);
-        entry
+        Some(entry)
+    }
+
+    never_misses!();
+}
+
+/// Where in a pattern a run is.
+#[derive(Clone, Copy)]
+struct Progress {
+    at: usize,
+    end: usize,
+    /// `carried` or `wrong`.
+    found: u64,
+}
+
+impl Progress {
+    fn new(at: usize, count: usize) -> Self {
+        Self {
+            at,
+            end: at + count,
+            found: 0,
+        }
     }
 }
 
 /// Runs lookups whose offsets depend on the entries before. Every entry holds its slice's offset, so
 /// `carried` stays 0, which the processor cannot know. Returns what `carried` was at the end.
-#[inline(never)]
 fn run_chained<C: Cache>(cache: &mut C, steps: &[Step], from: &mut usize, count: usize) -> u64 {
-    let mut carried = 0;
-    for _ in 0..count {
-        let step = steps[*from & (steps.len() - 1)];
-        *from += 1;
-        let offset = step.offset ^ carried;
-        carried = cache.look_up(offset, step.index) ^ offset;
+    let mut progress = Progress::new(*from, count);
+    while let Some(step) = chained_hits(cache, steps, &mut progress) {
+        progress.found = cache.miss(step.offset, step.index) ^ step.offset;
     }
-    carried
+    *from = progress.end;
+    progress.found
+}
+
+/// Goes on to the end, or to a lookup that misses, and returns that.
+#[inline(never)]
+fn chained_hits<C: Cache>(cache: &mut C, steps: &[Step], progress: &mut Progress) -> Option<Step> {
+    let Progress {
+        mut at,
+        end,
+        found: mut carried,
+    } = *progress;
+    let mut missed = None;
+    while at < end {
+        let step = steps[at & (steps.len() - 1)];
+        at += 1;
+        let offset = step.offset ^ carried;
+        let Some(entry) = cache.look_up(offset, step.index) else {
+            missed = Some(Step { offset, ..step });
+            break;
+        };
+        carried = entry ^ offset;
+    }
+    progress.at = at;
+    progress.found = carried;
+    missed
 }
 
 /// Runs lookups that do not depend on each other. Returns 0 when each entry was the right one.
-#[inline(never)]
 fn run_apart<C: Cache>(cache: &mut C, steps: &[Step], from: &mut usize, count: usize) -> u64 {
-    let mut wrong = 0;
-    for _ in 0..count {
-        let step = steps[*from & (steps.len() - 1)];
-        *from += 1;
-        wrong |= cache.look_up(step.offset, step.index) ^ step.offset;
+    let mut progress = Progress::new(*from, count);
+    while let Some(step) = apart_hits(cache, steps, &mut progress) {
+        progress.found |= cache.miss(step.offset, step.index) ^ step.offset;
     }
-    wrong
+    *from = progress.end;
+    progress.found
+}
+
+/// As [`chained_hits`].
+#[inline(never)]
+fn apart_hits<C: Cache>(cache: &mut C, steps: &[Step], progress: &mut Progress) -> Option<Step> {
+    let Progress {
+        mut at,
+        end,
+        found: mut wrong,
+    } = *progress;
+    let mut missed = None;
+    while at < end {
+        let step = steps[at & (steps.len() - 1)];
+        at += 1;
+        let Some(entry) = cache.look_up(step.offset, step.index) else {
+            missed = Some(step);
+            break;
+        };
+        wrong |= entry ^ step.offset;
+    }
+    progress.at = at;
+    progress.found = wrong;
+    missed
 }
 
 /// How a pattern is run.
@@ -461,7 +546,7 @@ struct Case {
     run: Run,
     /// Where in the pattern it is.
     from: usize,
-    /// Lookups per round.
+    /// Lookups of a round.
     count: usize,
     /// The shortest round, in ns per lookup.
     best: f64,
@@ -501,6 +586,8 @@ impl Case {
     }
 
     fn measure(&mut self, pattern: Pattern, steps: &[Step]) -> f64 {
+        // Who ran before has left other slices in the processor's caches, or the same.
+        self.round(pattern, steps);
         let took = self.round(pattern, steps);
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
         let each = took.as_nanos() as f64 / self.count as f64;

@@ -1,7 +1,7 @@
 //! The engine's small lock-free protocols under loom: every schedule, and every reordering that the
 //! memory model allows, up to a bound on preemptions.
 //!
-//! `pin` is the engine's own file, built with loom's atomics. The tests play the parts around it:
+//! `pin` and `tag` are the engine's own files, built with loom's atomics. The tests play the parts around it:
 //! requests that write in place or link, the freeze, and who reuses clusters. Each has a twin in
 //! which one step is left out or moved, and loom must find the damage: a test that cannot fail
 //! proves nothing.
@@ -11,6 +11,14 @@
 #[path = "../../src/engine/pin.rs"]
 #[expect(dead_code, unreachable_pub, reason = "the engine uses all of it")]
 mod pin;
+
+#[path = "../../src/engine/cache/tag.rs"]
+mod tag;
+
+/// What `tag` takes from there.
+mod engine {
+    pub(crate) use crate::sync;
+}
 
 /// What `pin` takes from `engine::sync`.
 mod sync {

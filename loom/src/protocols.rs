@@ -8,6 +8,7 @@ use loom::sync::{Arc, Mutex};
 use loom::thread;
 
 use crate::pin::{PinBoard, PinTable};
+use crate::tag::Tag;
 
 /// Explores `test`; preemptions beyond the bound add states, hardly ever findings.
 fn explore(test: impl Fn() + Sync + Send + 'static) {
@@ -202,4 +203,65 @@ fn link_and_freeze(looks_again: bool) {
 fn a_link_is_on_the_disk_whether_or_not_the_snapshot_has_it() {
     explore(|| link_and_freeze(true));
     assert!(fails(|| link_and_freeze(false)), "the test cannot fail");
+}
+
+/// What is left out, or moved, when a slice is retired.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Break {
+    Nothing,
+    /// Nobody announces the retirement.
+    Announcement,
+    /// The slot is filled after the look at the body.
+    Fill,
+    /// The mark is taken off after the look at the body.
+    Refresh,
+}
+
+/// A worker puts a slice into its directory and looks it up, while another thread announces some
+/// other change, retires the body, and tells the guest. Who was told finds the slice no more.
+fn retire(breaks: Break) {
+    const KEY: u64 = 0x1_0000;
+    let tag = Arc::new(Tag::vacant());
+    let retired = Arc::new(AtomicU64::new(0));
+    let told = Arc::new(AtomicU64::new(0));
+    let worker = {
+        let (tag, retired, told) = (tag.clone(), retired.clone(), told.clone());
+        thread::spawn(move || {
+            let is_live = || retired.load(Ordering::Acquire) == 0;
+            let look_up = || {
+                if tag.is(KEY) {
+                    return true;
+                }
+                if breaks == Break::Refresh {
+                    let was_live = is_live();
+                    return tag.names(KEY) && tag.refresh(|| was_live);
+                }
+                tag.names(KEY) && tag.refresh(is_live)
+            };
+            if breaks == Break::Fill {
+                let was_live = is_live();
+                tag.fill(KEY, false, || was_live);
+            } else {
+                tag.fill(KEY, false, is_live);
+            }
+            look_up();
+            let told = told.load(Ordering::Acquire) == 1;
+            assert!(!(look_up() && told), "a hit of a retired slice");
+        })
+    };
+    tag.announce();
+    retired.fetch_or(1, Ordering::Release);
+    if breaks != Break::Announcement {
+        tag.announce();
+    }
+    told.store(1, Ordering::Release);
+    worker.join().unwrap();
+}
+
+#[test]
+fn a_slice_that_was_retired_is_not_found_any_more() {
+    explore(|| retire(Break::Nothing));
+    for breaks in [Break::Announcement, Break::Fill, Break::Refresh] {
+        assert!(fails(move || retire(breaks)), "the test cannot fail");
+    }
 }

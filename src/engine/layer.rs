@@ -26,6 +26,8 @@ pub(crate) struct Layer {
     pub(crate) file: FileId,
     /// Its index in the chain.
     pub(crate) index: u8,
+    /// The key of offset 0: those of the slices are made from it.
+    pub(crate) key: SliceKey,
     /// Virtual size in bytes.
     pub(crate) size: u64,
     pub(crate) kind: LayerKind,
@@ -285,6 +287,6 @@ impl Layer {
     /// The key of a slice of this layer.
     #[inline]
     pub(crate) fn slice_key(&self, table: HostOffset, place: &EntryPlace) -> SliceKey {
-        SliceKey::new(self.index, table + place.slice_in_table)
+        self.key.at(table + place.slice_in_table)
     }
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::active::{Active, Drops, L1State};
 use super::allocator::{Allocator, AllocatorParts};
+use super::cache::SliceKey;
 use super::cache::store::Store;
 use super::check;
 use super::error::{Error, ErrorKind};
@@ -209,6 +210,7 @@ impl Image {
             layers.push(Layer {
                 file: spec.file,
                 index: layer_index,
+                key: SliceKey::new(layer_index, HostOffset::new(0)),
                 size,
                 kind,
             });

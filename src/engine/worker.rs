@@ -192,7 +192,10 @@ impl<S: Storage> Worker<S> {
             if !self.image.is_owned(place.l1_index, pin.generation()) {
                 return Fast::Slow;
             }
-            let Some(slice) = resident(active, mapping, &mut directory, &place) else {
+            let Some(table) = mapping.l1_entry(place.l1_index).table_offset() else {
+                return Fast::Slow;
+            };
+            let Some(slice) = resident(active, mapping, &mut directory, table, &place) else {
                 return Fast::Slow;
             };
             let mut index = place.index;
@@ -326,16 +329,15 @@ pub(crate) fn in_place(entry: L2Entry) -> Option<u64> {
     (entry.0 & FLAGS == 1 << 63 && host != 0).then_some(host)
 }
 
-/// The slice of an entry, if this worker has it and it holds nothing odd.
+/// The slice of an entry of `table`, if this worker has it and it holds nothing odd.
 #[inline]
 fn resident<'a>(
     layer: &Layer,
     mapping: &Mapping,
     directory: &'a mut Directory,
+    table: HostOffset,
     place: &EntryPlace,
-) -> Option<&'a CachedSlice> {
-    let l1_entry = mapping.l1_entry(place.l1_index);
-    let table = l1_entry.table_offset()?;
+) -> Option<CachedSlice<'a>> {
     let found = directory.get(layer.slice_key(table, place), mapping.slice_bits)?;
     (!found.is_suspicious()).then_some(found)
 }
@@ -360,11 +362,11 @@ fn step(layer: &Layer, directory: &mut Directory, position: u64, len: u64) -> St
     };
     let geometry = mapping.geometry;
     let place = mapping.place(GuestOffset::new(position));
-    if mapping.l1_entry(place.l1_index).table_offset().is_none() {
+    let Some(table) = mapping.l1_entry(place.l1_index).table_offset() else {
         let span = geometry.l2_table_span();
         return Step::Next(len.min(span - position % span));
-    }
-    let Some(slice) = resident(layer, mapping, directory, &place) else {
+    };
+    let Some(slice) = resident(layer, mapping, directory, table, &place) else {
         return Step::Slow;
     };
     let inside = geometry.offset_in_cluster(position);

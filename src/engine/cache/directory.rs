@@ -1,34 +1,59 @@
 //! One worker's direct-mapped directory of slice bodies.
 //!
-//! Slot `(offset / slice_size) % slots`; a hit is one compare and a look at the slot's [`Flags`].
-//! What a slot conflict displaces goes to the put table. A pin is a count beside the slot, so that
-//! the ticket is the slot's number and nothing is searched for a put.
+//! Slot `(offset / slice_size) % slots`; a hit is one compare with the slot's *tag*. What a slot
+//! conflict displaces goes to the put table. A pin is a count in one of a few *cells*, picked by
+//! the slot, so that the ticket is a cell's number and nothing is searched for a put.
 //!
-//! What is shared with the threads that evict is [`Flags`] alone. The directory is registered with
-//! the store's [`Directories`]; who changes a body's marks or asks for its pins goes to the flags
-//! of its slot in each directory. So a hit needs no look at the body, whose cache line would be
-//! a third to miss: it loads the slot and the entry, as an array of arrays does, and the flags,
-//! which lie close together. `benches/cache.rs` measures it beside such an array.
+//! The threads that evict see the tags and the cells. The directory is registered with the store's
+//! [`Directories`]; who changes a body's marks announces it in the tag of its slot in each directory
+//! ([`Tag`]), who asks for its pins goes to the cell. So a hit needs no look at the body: it loads a
+//! tag, the place of the entries and the entry; the latter two are what an array of arrays loads.
+//! Eight tags share a cache line, four places do. `benches/cache.rs` measures it beside such an array.
 //!
-//! Invariants: the slots and the flags are equally many, a power of two. While a slot's `stale` is
-//! down, its body has had [`SliceBody::visit_live`] say yes after the last change of its marks.
+//! Invariant: the tags, the entries and the bodies are equally many, a power of two, and of one slot
+//! belong together.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::SliceKey;
 use super::put_table::PutTable;
 use super::slice::SliceBody;
+use super::tag::Tag;
 use crate::engine::error::lock;
 use crate::engine::sync::Mutex;
 use crate::format::l2::L2Entry;
 
+/// Cells of a worker: far more than requests that are suspended at one time, and few enough to stay
+/// in the processor's first caches.
+const CELLS: usize = 4096;
+/// A cell counts here who holds a slice of its slots now ...
+const PIN: u64 = 1;
+/// ... and above how often one was got to be held.
+const PINNED_HIT: u64 = 1 << 24;
+
 /// Cache counters of one worker: written by it, read by anybody.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[repr(align(128))]
 pub struct CacheCounters {
+    /// Hits that pinned nothing.
     hits: AtomicU64,
     misses: AtomicU64,
     put_table_hits: AtomicU64,
+    /// Pins by suspended requests of the worker, and hits that pinned, by slot. A slot's pins hold the
+    /// slice that is there, the ones that it displaced, and those of the other slots with its cell.
+    cells: [AtomicU64; CELLS],
+}
+
+impl Default for CacheCounters {
+    fn default() -> Self {
+        Self {
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            put_table_hits: AtomicU64::new(0),
+            cells: [const { AtomicU64::new(0) }; CELLS],
+        }
+    }
 }
 
 /// A reading of [`CacheCounters`].
@@ -46,138 +71,110 @@ impl CacheCounters {
     /// The counters now.
     #[must_use]
     pub fn stats(&self) -> CacheStats {
+        let pinned = |cell: &AtomicU64| cell.load(Ordering::Relaxed) / PINNED_HIT;
+        let pinned_hits = self.cells.iter().map(pinned).sum::<u64>();
         CacheStats {
-            hits: self.hits.load(Ordering::Relaxed),
+            hits: self.hits.load(Ordering::Relaxed) + pinned_hits,
             misses: self.misses.load(Ordering::Relaxed),
             put_table_hits: self.put_table_hits.load(Ordering::Relaxed),
         }
     }
+
+    #[inline]
+    fn cell(&self, ticket: &Ticket) -> &AtomicU64 {
+        &self.cells[ticket.0 % CELLS]
+    }
 }
 
-/// Adds one to a counter that only this thread writes.
+/// Adds to a counter that only this thread writes: no locked instruction.
 #[inline]
-fn bump(counter: &AtomicU64) {
-    counter.store(
-        counter.load(Ordering::Relaxed).wrapping_add(1),
-        Ordering::Relaxed,
-    );
+fn bump(counter: &AtomicU64, by: u64) {
+    let before = counter.load(Ordering::Relaxed);
+    counter.store(before.wrapping_add(by), Ordering::Release);
 }
 
-/// What a slot shows to the threads that evict.
+/// The part of a directory that other threads see.
+#[derive(Debug)]
+struct Sibling {
+    tags: Weak<[Tag]>,
+    counters: Weak<CacheCounters>,
+}
+
+/// All directories over one store.
 #[derive(Debug, Default)]
-struct Flags {
-    /// Suspended requests of this worker that hold a slice of this slot, be it the one that is there
-    /// now or one that it displaced. Only the worker writes it.
-    pins: AtomicU32,
-    /// The marks of a body that belongs here may have changed: ask the body.
-    stale: AtomicBool,
-}
-
-impl Flags {
-    // Only one thread writes the count, so neither of these takes a locked instruction.
-
-    #[inline]
-    fn count_pin(&self) {
-        let pins = self.pins.load(Ordering::Relaxed);
-        self.pins.store(pins + 1, Ordering::Release);
-    }
-
-    #[inline]
-    fn count_put(&self) {
-        let pins = self.pins.load(Ordering::Relaxed);
-        self.pins.store(pins - 1, Ordering::Release);
-    }
-}
-
-/// The flags of all directories over one store.
-#[derive(Debug, Default)]
-pub struct Directories(Mutex<Vec<Weak<[Flags]>>>);
+pub struct Directories(Mutex<Vec<Sibling>>);
 
 impl Directories {
-    fn add(&self, flags: &Arc<[Flags]>) {
+    fn add(&self, tags: &Arc<[Tag]>, counters: &Arc<CacheCounters>) {
         let mut all = lock(&self.0);
-        all.retain(|other| other.strong_count() > 0);
-        all.push(Arc::downgrade(flags));
-    }
-
-    /// Asks the flags of the body's slot in each directory until one says yes.
-    fn any(&self, body: &SliceBody, ask: impl Fn(&Flags) -> bool) -> bool {
-        lock(&self.0)
-            .iter()
-            .filter_map(Weak::upgrade)
-            .any(|flags| ask(&flags[slot(body.key(), body.slice_bits(), flags.len() - 1)]))
+        all.retain(|other| other.tags.strong_count() > 0);
+        all.push(Sibling {
+            tags: Arc::downgrade(tags),
+            counters: Arc::downgrade(counters),
+        });
     }
 
     /// Makes every directory that has the body look at its marks again. Call it after they changed.
     pub(super) fn announce(&self, body: &SliceBody) {
-        self.any(body, |flags| {
-            flags.stale.store(true, Ordering::Release);
-            false
-        });
+        for tags in lock(&self.0).iter().filter_map(|each| each.tags.upgrade()) {
+            tags[slot_of(body, tags.len())].announce();
+        }
     }
 
-    /// Says whether some worker has pinned the body, or a slice with the same slot.
+    /// Says whether some worker has pinned the body, or a slice with the same cell.
     ///
     /// A pin that is being made may be missed: nothing on the worker's side waits for its store. So
     /// ask with the slice lock held: who has pinned a slice and then taken its lock finds the body
     /// retired, or is seen here.
     pub(super) fn is_pinned(&self, body: &SliceBody) -> bool {
-        self.any(body, |flags| flags.pins.load(Ordering::Acquire) > 0)
+        lock(&self.0).iter().any(|each| {
+            let (Some(tags), Some(counters)) = (each.tags.upgrade(), each.counters.upgrade())
+            else {
+                // Its worker is gone.
+                return false;
+            };
+            let cell = counters.cell(&Ticket::of(slot_of(body, tags.len())));
+            !cell.load(Ordering::Acquire).is_multiple_of(PINNED_HIT)
+        })
     }
 }
 
 /// Which slot a slice has in a directory of `mask + 1` slots.
 #[inline]
 fn slot(key: SliceKey, slice_bits: u32, mask: usize) -> usize {
-    // The layer's bits lie above any realistic slot count: mix them in.
-    let number = (key.get() >> slice_bits) ^ (key.get() >> 53);
-    usize::try_from(number).unwrap_or(0) & mask
+    usize::try_from(key.get() >> slice_bits).unwrap_or(0) & mask
 }
 
-/// A slice that a directory has found: the body, and a short way to its entries.
+fn slot_of(body: &SliceBody, slots: usize) -> usize {
+    slot(body.key(), body.slice_bits(), slots - 1)
+}
+
+/// A slice that a directory has found.
 #[derive(Debug)]
-#[repr(align(32))]
-pub struct CachedSlice {
-    /// The body's key, with [`SUSPICIOUS`] in it if the body is.
-    tag: u64,
-    body: Arc<SliceBody>,
-    /// The body's.
-    entries: Arc<[AtomicU64]>,
+pub struct CachedSlice<'a> {
+    entries: &'a [AtomicU64],
+    bodies: &'a [Arc<SliceBody>],
+    /// The slot.
+    index: usize,
+    is_suspicious: bool,
 }
 
-/// In a tag. A slice's offset is even, so a suspicious one matches no key at the first look.
-const SUSPICIOUS: u64 = 1;
-
-// Two to a cache line, and none across two, also as a slot.
-const _: () = assert!(size_of::<Option<CachedSlice>>() == 32);
-
-impl CachedSlice {
-    fn new(body: Arc<SliceBody>) -> Self {
-        let key = body.key().get();
-        debug_assert_eq!(key & SUSPICIOUS, 0, "slice {key:#x} has an odd offset");
-        Self {
-            tag: if body.is_suspicious() {
-                key | SUSPICIOUS
-            } else {
-                key
-            },
-            entries: body.shared_entries(),
-            body,
-        }
-    }
-
-    /// The body, to keep it.
+impl<'a> CachedSlice<'a> {
+    /// The body, to keep it. Only this looks at it.
+    ///
+    /// # Panics
+    /// Never: each slot has a body.
     #[must_use]
     #[inline]
-    pub fn body(&self) -> &Arc<SliceBody> {
-        &self.body
+    pub fn body(&self) -> &'a Arc<SliceBody> {
+        &self.bodies[self.index]
     }
 
     /// The body's [`SliceBody::is_suspicious`], without a look at the body.
     #[must_use]
     #[inline]
     pub(crate) fn is_suspicious(&self) -> bool {
-        self.tag & SUSPICIOUS != 0
+        self.is_suspicious
     }
 
     /// How many entries the slice has: a power of two.
@@ -194,8 +191,18 @@ impl CachedSlice {
     #[must_use]
     #[inline]
     pub fn entry(&self, index: usize) -> L2Entry {
-        L2Entry(self.entries[index].load(Ordering::Acquire))
+        // Not by `[index]`, which fetches the length for its message.
+        match self.entries.get(index) {
+            Some(entry) => L2Entry(entry.load(Ordering::Acquire)),
+            None => no_such_entry(index),
+        }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn no_such_entry(index: usize) -> ! {
+    panic!("a slice has no entry {index}");
 }
 
 /// Where a pin is counted. Give it back to the [`Directory`] that made it.
@@ -203,16 +210,41 @@ impl CachedSlice {
 #[must_use = "without it the slice stays pinned"]
 pub struct Ticket(usize);
 
+impl Ticket {
+    /// That of a slot.
+    #[inline]
+    fn of(index: usize) -> Self {
+        Self(index % CELLS)
+    }
+}
+
 /// A worker's direct-mapped cache of slice bodies with its put table.
 #[derive(Debug)]
 pub struct Directory {
-    slots: Box<[Option<CachedSlice>]>,
-    /// One for each slot.
-    flags: Arc<[Flags]>,
-    /// The number of slots, less 1.
-    mask: usize,
-    put_table: PutTable,
+    tags: Arc<[Tag]>,
+    /// Of each slot's slice.
+    entries: Box<[Arc<[AtomicU64]>]>,
     counters: Arc<CacheCounters>,
+    rest: Box<Rest>,
+}
+
+/// What a hit does not need. In memory of its own, and what changes it gets the other parts of the
+/// directory one by one: so the compiler sees that a lookup moves none of them, and a run of lookups
+/// need not fetch their addresses each time.
+#[derive(Debug)]
+struct Rest {
+    /// Of each slot.
+    bodies: Box<[Arc<SliceBody>]>,
+    /// What vacant slots have.
+    nobody: Arc<SliceBody>,
+    put_table: PutTable,
+}
+
+/// What a directory has for one slot, but for the [`Rest`].
+struct Slot<'a> {
+    index: usize,
+    tag: &'a Tag,
+    entries: &'a mut Arc<[AtomicU64]>,
 }
 
 impl Directory {
@@ -223,135 +255,156 @@ impl Directory {
     }
 
     /// A directory of at least `slots` slots (rounded up to a power of two). `siblings` are the
-    /// directories over the same store; it learns from them what is evicted.
+    /// directories over the same store; it learns from them what is evicted. `counters` are its own.
     #[must_use]
     pub fn new(slots: usize, counters: Arc<CacheCounters>, siblings: &Directories) -> Self {
         let count = slots.max(16).next_power_of_two();
-        let flags = (0..count).map(|_| Flags::default()).collect();
-        siblings.add(&flags);
+        let tags = (0..count).map(|_| Tag::vacant()).collect();
+        siblings.add(&tags, &counters);
+        let nobody = Arc::new(SliceBody::nobody());
         Self {
-            slots: (0..count).map(|_| None).collect(),
-            flags,
-            mask: count - 1,
-            put_table: PutTable::default(),
+            tags,
+            entries: vec![nobody.shared_entries(); count].into(),
             counters,
+            rest: Box::new(Rest {
+                bodies: vec![Arc::clone(&nobody); count].into(),
+                nobody,
+                put_table: PutTable::default(),
+            }),
         }
     }
 
-    // What follows up to `look_closer` is written so that a hit loads each field once: all that it
-    // needs of the directory is fetched before it writes its counter.
-
     /// The live body of `key`, if this worker has it. No lock, no shared write.
     #[inline]
-    pub fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<&CachedSlice> {
-        let index = slot(key, slice_bits, self.mask);
-        if !self.is_hit(key, index) {
-            return self.look_closer(key, index);
+    pub fn get(&mut self, key: SliceKey, slice_bits: u32) -> Option<CachedSlice<'_>> {
+        let index = slot(key, slice_bits, self.tags.len() - 1);
+        let mut is_suspicious = false;
+        if self.is_hit(key, index) {
+            bump(&self.counters.hits, 1);
+        } else {
+            is_suspicious = self.look_closer(key, index, 0)?;
         }
-        let found = self.slots.get(index)?.as_ref();
-        bump(&self.counters.hits);
-        found
+        self.found(index, is_suspicious)
     }
 
     /// [Gets](Self::get) a slice and pins it for a request that may suspend: it stays in the store
     /// until the ticket is [put](Self::put).
     #[inline]
-    pub fn get_pinned(&mut self, key: SliceKey, slice_bits: u32) -> Option<(&CachedSlice, Ticket)> {
-        let index = slot(key, slice_bits, self.mask);
-        if !self.is_hit(key, index) {
-            return self.look_closer_and_pin(key, index);
+    pub fn get_pinned(
+        &mut self,
+        key: SliceKey,
+        slice_bits: u32,
+    ) -> Option<(CachedSlice<'_>, Ticket)> {
+        let index = slot(key, slice_bits, self.tags.len() - 1);
+        let ticket = Ticket::of(index);
+        let mut is_suspicious = false;
+        if self.is_hit(key, index) {
+            bump(self.counters.cell(&ticket), PINNED_HIT | PIN);
+        } else {
+            is_suspicious = self.look_closer(key, index, PIN)?;
         }
-        let found = self.slots.get(index)?.as_ref()?;
-        let flags = self.flags.get(index)?;
-        bump(&self.counters.hits);
-        flags.count_pin();
-        Some((found, Ticket(index)))
+        Some((self.found(index, is_suspicious)?, ticket))
     }
 
     /// Whether the first look finds the slice: it is in its slot, and nothing has happened to it.
     #[inline]
     fn is_hit(&self, key: SliceKey, index: usize) -> bool {
-        let is_fresh = matches!(
-            self.flags.get(index),
-            Some(flags) if !flags.stale.load(Ordering::Acquire)
-        );
-        is_fresh && matches!(self.slots.get(index), Some(Some(found)) if found.tag == key.get())
+        matches!(self.tags.get(index), Some(tag) if tag.is(key.get()))
     }
 
-    /// What [`get`](Self::get) does else: the slice is not there, or suspicious, or its marks may
-    /// have changed.
-    #[cold]
-    #[inline(never)]
-    fn look_closer(&mut self, key: SliceKey, index: usize) -> Option<&CachedSlice> {
-        let mut is_here = false;
-        if let Some(found) = &self.slots[index]
-            && found.tag & !SUSPICIOUS == key.get()
-        {
-            // Taken down before the look at the marks: a change after that puts it up again.
-            self.flags[index].stale.swap(false, Ordering::AcqRel);
-            is_here = found.body.visit_live();
-            if !is_here {
-                self.slots[index] = None;
-            }
-        }
-        if is_here {
-            bump(&self.counters.hits);
-        } else if let Some(body) = self.put_table.take(key) {
-            bump(&self.counters.put_table_hits);
-            self.fill(body, index);
-        } else {
-            bump(&self.counters.misses);
-            return None;
-        }
-        self.slots[index].as_ref()
+    #[inline]
+    fn found(&self, index: usize, is_suspicious: bool) -> Option<CachedSlice<'_>> {
+        Some(CachedSlice {
+            entries: self.entries.get(index)?,
+            bodies: &self.rest.bodies,
+            index,
+            is_suspicious,
+        })
     }
 
-    #[cold]
-    #[inline(never)]
-    fn look_closer_and_pin(
-        &mut self,
-        key: SliceKey,
-        index: usize,
-    ) -> Option<(&CachedSlice, Ticket)> {
-        self.look_closer(key, index)?;
-        self.flags[index].count_pin();
-        Some((self.slots[index].as_ref()?, Ticket(index)))
-    }
-
-    /// Fills a slot; what was there moves to the put table.
-    fn fill(&mut self, body: Arc<SliceBody>, index: usize) {
-        // In the same order as in `look_closer`. A body that is retired by now is left to it.
-        let stale = &self.flags[index].stale;
-        stale.swap(false, Ordering::AcqRel);
-        if !body.visit_live() {
-            stale.store(true, Ordering::Release);
-        }
-        if let Some(displaced) = self.slots[index].replace(CachedSlice::new(body))
-            && !displaced.body.is_retired()
-        {
-            self.put_table.remember(displaced.body);
-        }
+    /// What a lookup does when the first look fails. Says whether the slice is suspicious, if it is
+    /// there now, and then counts so many pins of it.
+    #[inline]
+    fn look_closer(&mut self, key: SliceKey, index: usize, pins: u64) -> Option<bool> {
+        let mut slot = Slot {
+            index,
+            tag: self.tags.get(index)?,
+            entries: self.entries.get_mut(index)?,
+        };
+        self.rest.look_closer(key, &mut slot, &self.counters, pins)
     }
 
     /// Puts a body into its slot; what was there moves to the put table.
     pub fn install(&mut self, body: Arc<SliceBody>, slice_bits: u32) {
         debug_assert_eq!(body.slice_bits(), slice_bits, "a slice of another size");
-        let index = slot(body.key(), slice_bits, self.mask);
-        self.fill(body, index);
+        let index = slot_of(&body, self.tags.len());
+        let mut slot = Slot {
+            index,
+            tag: &self.tags[index],
+            entries: &mut self.entries[index],
+        };
+        self.rest.fill(body, &mut slot);
     }
 
     /// Pins a body for a request that is about to suspend: it stays in the store until the ticket
     /// is [put](Self::put).
     pub fn pin(&mut self, body: &SliceBody) -> Ticket {
-        let index = slot(body.key(), body.slice_bits(), self.mask);
-        self.flags[index].count_pin();
-        Ticket(index)
+        let ticket = Ticket::of(slot_of(body, self.tags.len()));
+        bump(self.counters.cell(&ticket), PIN);
+        ticket
     }
 
     /// Gives a pin back, without a search.
     #[inline]
     pub fn put(&mut self, ticket: &Ticket) {
-        self.flags[ticket.0].count_put();
+        bump(self.counters.cell(ticket), PIN.wrapping_neg());
+    }
+}
+
+impl Rest {
+    /// The slice is not there, or suspicious, or its marks may have changed.
+    #[cold]
+    #[inline(never)]
+    fn look_closer(
+        &mut self,
+        key: SliceKey,
+        slot: &mut Slot<'_>,
+        counters: &CacheCounters,
+        pins: u64,
+    ) -> Option<bool> {
+        let index = slot.index;
+        let mut is_here = false;
+        if slot.tag.names(key.get()) {
+            is_here = slot.tag.refresh(|| self.bodies[index].visit_live());
+            if !is_here {
+                *slot.entries = self.nobody.shared_entries();
+                self.bodies[index] = Arc::clone(&self.nobody);
+            }
+        }
+        if is_here {
+            bump(&counters.hits, 1);
+        } else if let Some(body) = self.put_table.take(key) {
+            bump(&counters.put_table_hits, 1);
+            self.fill(body, slot);
+        } else {
+            bump(&counters.misses, 1);
+            return None;
+        }
+        bump(counters.cell(&Ticket::of(index)), pins);
+        Some(self.bodies[index].is_suspicious())
+    }
+
+    /// Fills a slot; what was there moves to the put table.
+    fn fill(&mut self, body: Arc<SliceBody>, slot: &mut Slot<'_>) {
+        let key = body.key().get();
+        slot.tag
+            .fill(key, body.is_suspicious(), || body.visit_live());
+        *slot.entries = body.shared_entries();
+        let displaced = std::mem::replace(&mut self.bodies[slot.index], body);
+        // Nobody is retired.
+        if !displaced.is_retired() {
+            self.put_table.remember(displaced);
+        }
     }
 }
 
@@ -535,6 +588,35 @@ mod tests {
         rig.directory.put(&again);
         rig.crowd();
         assert!(live.iter().all(|slice| slice.is_retired()));
+    }
+
+    #[test]
+    fn a_hit_that_pins_is_counted_once_and_its_put_not_at_all() {
+        let mut rig = Rig::new(16);
+        let slice = rig.installed(0x1000);
+        let (found, first) = rig.directory.get_pinned(slice.key(), BITS).expect("a hit");
+        assert!(Arc::ptr_eq(found.body(), &slice));
+        let (_, second) = rig.directory.get_pinned(slice.key(), BITS).expect("a hit");
+        rig.directory.put(&first);
+        assert!(rig.store.directories().is_pinned(&slice));
+        rig.directory.put(&second);
+        assert!(!rig.store.directories().is_pinned(&slice));
+        assert!(rig.has(&slice));
+        let stats = rig.counters.stats();
+        assert_eq!((stats.hits, stats.misses), (3, 0));
+    }
+
+    #[test]
+    fn a_pin_of_one_slot_holds_another_of_the_same_cell_only() {
+        let store = Store::new(16);
+        let mut directory = Directory::new(4 * CELLS, Arc::default(), store.directories());
+        let slice = |number: usize| body((number as u64) << BITS, false);
+        let ticket = directory.pin(&slice(7));
+        let is_pinned = |number| store.directories().is_pinned(&slice(number));
+        assert!(is_pinned(7) && is_pinned(7 + CELLS));
+        assert!(!is_pinned(6) && !is_pinned(8 + CELLS));
+        directory.put(&ticket);
+        assert!(!is_pinned(7));
     }
 
     #[test]

@@ -61,6 +61,13 @@ impl SliceBody {
         }
     }
 
+    /// What stands where a directory has no body: retired, without entries, of no slice.
+    pub(super) fn nobody() -> Self {
+        let body = Self::new(SliceKey::NONE, Arc::default(), false);
+        body.retire();
+        body
+    }
+
     /// The slice that this is the body of.
     #[must_use]
     #[inline]
