@@ -14,6 +14,11 @@ use crate::engine::sync::Mutex;
 use crate::format::geometry::Geometry;
 use crate::format::l2::{Cluster, compressed_host_clusters};
 
+/// Most runs of dropped clusters that wait for a flush of the guest's ...
+const DROPPED_RUNS_MAX: usize = 1 << 14;
+/// ... and most bytes, unless the file is long: there it is an eighth of it.
+const DROPPED_BYTES_MIN: u64 = 64 << 20;
+
 /// Host clusters that lost a reference in memory. Their refcount goes down only after the table
 /// that dropped them is durable.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,6 +37,8 @@ pub(crate) struct Dropped {
 pub(crate) struct Drops {
     /// Taken away after the next flush.
     now: Vec<Dropped>,
+    /// How many clusters that are.
+    now_count: u64,
     /// What no frozen tree keeps any more. The background work takes it away, bit by bit: there may
     /// be as much of it as the image is large, and no guest's flush must wait for that.
     settled: Vec<Dropped>,
@@ -82,16 +89,16 @@ impl Drops {
 
     /// A reference that the active tree alone had.
     fn drop_own(&mut self, dropped: Dropped) {
+        self.now_count += dropped.count;
         push(&mut self.now, dropped);
     }
 
     /// One that a frozen tree may have, too.
     fn drop_shared(&mut self, dropped: Dropped) {
-        let list = match self.unsettled.back_mut() {
-            Some(newest) if keeps!(DeferDecrement) => &mut newest.recorded,
-            _ => &mut self.now,
-        };
-        push(list, dropped);
+        match self.unsettled.back_mut() {
+            Some(newest) if keeps!(DeferDecrement) => push(&mut newest.recorded, dropped),
+            _ => self.drop_own(dropped),
+        }
     }
 
     /// What may be taken away by who has flushed since.
@@ -101,6 +108,7 @@ impl Drops {
 
     /// What the next flush may take away when it is done.
     pub(crate) fn take(&mut self) -> Vec<Dropped> {
+        self.now_count = 0;
         std::mem::take(&mut self.now)
     }
 
@@ -166,6 +174,18 @@ impl Active {
         for table in tables {
             l1.unnamed_tables.remove(table);
         }
+    }
+
+    /// So much was dropped since the last flush that one is due: until then it is in memory, and its
+    /// clusters cannot be used again. A guest need not ever flush.
+    pub(crate) fn wants_release(&self, geometry: Geometry) -> bool {
+        let (runs, clusters) = {
+            let drops = lock(&self.drops);
+            (drops.now.len(), drops.now_count)
+        };
+        let least = DROPPED_BYTES_MIN >> geometry.cluster_bits();
+        runs > DROPPED_RUNS_MAX
+            || (clusters > least && clusters > self.allocator.cluster_count() / 8)
     }
 
     /// Something was dropped that the next flush takes away.

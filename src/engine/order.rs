@@ -381,10 +381,19 @@ impl<S: Storage> Worker<S> {
         if self.image.store.must_write_back() {
             return self.flush().await;
         }
-        if self.image.store.wants_write_back() {
+        if self.is_flush_due() {
             self.image.ask_for_write_back();
         }
         Ok(())
+    }
+
+    /// More waits for a flush than should, whether the guest flushes or not.
+    fn is_flush_due(&self) -> bool {
+        self.image.store.wants_write_back()
+            || self
+                .image
+                .qcow2_target()
+                .is_some_and(|target| target.active.wants_release(target.mapping.geometry))
     }
 
     /// Does what [`Image::set_write_back_sink`] was told of: writes metadata back, takes references
@@ -395,7 +404,7 @@ impl<S: Storage> Worker<S> {
     pub async fn write_back_in_background(&self) -> Result<(), Error> {
         // First: what comes from now on may ask again.
         self.image.write_back_asked.store(false, Ordering::Release);
-        if self.image.store.wants_write_back() {
+        if self.is_flush_due() {
             self.flush().await?;
         }
         if let Some(active) = &self.image.active

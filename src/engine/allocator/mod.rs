@@ -636,6 +636,11 @@ impl Allocator {
         Ok(())
     }
 
+    /// How many clusters are managed.
+    pub(crate) fn cluster_count(&self) -> u64 {
+        lock(&self.state).end
+    }
+
     /// Where managed clusters end, in bytes: entries at or past it are dangling.
     pub(crate) fn end_offset(&self) -> u64 {
         self.offset(lock(&self.state).end).get()

@@ -671,6 +671,38 @@ fn a_flush_leaves_most_of_what_was_discarded_to_the_background() {
 }
 
 #[test]
+fn a_guest_that_never_flushes_gets_its_clusters_back() {
+    let fill = |_| Fill::Data;
+    let recipe = Recipe {
+        fill,
+        ..Recipe::plain(9, 20 << 20)
+    };
+    let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&asked);
+    rig.image().set_write_back_sink(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
+    let client = rig.worker();
+    let guest = client.clone();
+    let zero = async move {
+        // Every other host cluster: as many runs.
+        for cluster in (0..40_000).step_by(2) {
+            guest.zero(cluster, 1, true).await?;
+        }
+        Ok::<_, crate::engine::Error>(())
+    };
+    rig.act(zero).expect("an answer").expect("zeroed");
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    let settler = client.clone();
+    let freed = rig.act(async move { settler.worker.write_back_in_background().await });
+    freed.expect("an answer").expect("freed");
+    let active = rig.image().active.as_ref().expect("writable");
+    assert!(active.allocator.has_due() && !active.has_dropped());
+    rig.finish().expect("clean");
+}
+
+#[test]
 fn a_flush_writes_the_parts_of_refcount_blocks_that_changed() {
     let mut rig =
         Rig::opened(Recipe::plain(16, 8 << 20), 1, &OpenOptions::default()).expect("opens");
