@@ -381,9 +381,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             }
             return;
         };
-        if !self.count(offset, self.geometry.cluster_size(), total, "L2 table") {
+        let inside = self.count(offset, self.geometry.cluster_size(), total, "L2 table");
+        if !inside {
             self.out.references_trusted = false;
-            return;
         }
         if !self.geometry.is_cluster_aligned(offset) {
             self.out.references_trusted = false;
@@ -393,6 +393,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
                     entry.0
                 )
             });
+            return;
+        }
+        if !inside {
             return;
         }
         let uses = self.found_tables.entry(offset).or_insert((0, 0));

@@ -405,6 +405,14 @@ fn l2_table_past_the_end_of_the_file_frees_nothing() {
     }
 }
 
+/// Two things are wrong with it, and QEMU's check counts both.
+#[test]
+fn crooked_l2_table_past_the_end_of_the_file_counts_twice() {
+    if have_qemu() {
+        damage_is_found_and_kept(|words| words.set(words.l1(), 0x8000_0000_1000_0200));
+    }
+}
+
 #[test]
 fn snapshot_with_crooked_l1_table_frees_nothing() {
     if have_qemu() {
