@@ -317,8 +317,6 @@ fn background_work_leaves_nothing_in_the_cache() {
     rig.block_on(async move {
         client.snapshot("a").await.expect("a snapshot");
         client.settle().await;
-        client.write(77, 3).await.expect("a write");
-        client.flush().await.expect("a flush");
         let before = client.worker.image().store.len();
         client.delete("a").await.expect("a delete");
         client.settle().await;
