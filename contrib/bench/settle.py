@@ -6,7 +6,8 @@ Usage: settle.py [--sizes 512G,2T] [--cluster-size 64k] [--runs N] [--dir DIR] [
 For each size, and for clusters in order and scattered over the file (contrib/corpus/big.py), starts
 qblkd, takes a snapshot and deletes it again, and prints medians: milliseconds until each command was
 answered, seconds until its work was done, and by how much anonymous memory was higher than before, at
-most. Needs only the standard library.
+most. Then the same for the rebuild of the image with its dirty bit set, from the start of qblkd on.
+Needs only the standard library.
 """
 
 import argparse
@@ -18,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
 POLL_SECONDS = 0.01
+DIRTY_BYTE = 79  # of the header: the least significant byte of the incompatible features
 
 
 class Control:
@@ -61,33 +64,51 @@ def anonymous_mib(process):
     raise ValueError("no RssAnon")
 
 
+def worked_off(control, process):
+    """Waits for the background work; returns how much anonymous memory there was at most, in MiB."""
+    most = 0.0
+    while control.run("query-jobs"):
+        most = max(most, anonymous_mib(process))
+        time.sleep(POLL_SECONDS)
+    return most
+
+
 def timed(control, process, command, **arguments):
     """Milliseconds to the answer, seconds to the end of the work, MiB more than before at most."""
     before = anonymous_mib(process)
     begun = time.monotonic()
     control.run(command, **arguments)
     answered_ms = (time.monotonic() - begun) * 1000
-    most = before
-    while control.run("query-jobs"):
-        most = max(most, anonymous_mib(process))
-        time.sleep(POLL_SECONDS)
-    return answered_ms, time.monotonic() - begun, most - before
+    most = worked_off(control, process)
+    return answered_ms, time.monotonic() - begun, max(0.0, most - before)
 
 
-def measure(args, image, folder):
+@contextmanager
+def serving(args, image, folder):
     path = f"{folder}/control"
     command = [args.qblkd, "--socket-path", f"{folder}/s", "--blk-file", image,
                "--control", path, "--log", "warn"]  # fmt: skip
     process = subprocess.Popen(command)
     try:
-        control = Control(path, process)
-        name = {"device": "disk0", "name": "a"}
-        create = timed(control, process, "blockdev-snapshot-internal-sync", **name)
-        delete = timed(control, process, "blockdev-snapshot-delete-internal-sync", **name)
+        yield Control(path, process), process
     finally:
         process.terminate()
         process.wait(60)
-    return create + delete
+
+
+def measure(args, image, folder):
+    with serving(args, image, folder) as (control, process):
+        name = {"device": "disk0", "name": "a"}
+        create = timed(control, process, "blockdev-snapshot-internal-sync", **name)
+        delete = timed(control, process, "blockdev-snapshot-delete-internal-sync", **name)
+    with open(image, "r+b") as file:
+        file.seek(DIRTY_BYTE)
+        file.write(b"\1")
+    begun = time.monotonic()
+    with serving(args, image, folder) as (control, process):
+        most = worked_off(control, process)
+        rebuild = (time.monotonic() - begun, most)
+    return create + delete + rebuild
 
 
 def parse_arguments():
@@ -103,7 +124,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     print(f"{'image':16} {'create ms':>10} {'settle s':>9} {'MiB':>6}"
-          f" {'delete ms':>10} {'done s':>9} {'MiB':>6}")  # fmt: skip
+          f" {'delete ms':>10} {'done s':>9} {'MiB':>6} {'rebuild s':>10} {'MiB':>6}")  # fmt: skip
     big = ROOT / "contrib" / "corpus" / "big.py"
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="qblkd-settle-") as folder:
         for size in args.sizes.split(","):
@@ -117,8 +138,8 @@ def main():
                 runs = [measure(args, image, folder) for _ in range(args.runs)]
                 columns = [statistics.median(column) for column in zip(*runs)]
                 name = f"{size} {'scattered' if layout else 'in order'}"
-                print("{:16} {:10.1f} {:9.2f} {:6.1f} {:10.1f} {:9.2f} {:6.1f}".format(name, *columns),
-                      flush=True)  # fmt: skip
+                print("{:16} {:10.1f} {:9.2f} {:6.1f} {:10.1f} {:9.2f} {:6.1f} {:10.2f} {:6.1f}".format(
+                    name, *columns), flush=True)  # fmt: skip
                 os.unlink(image)
 
 

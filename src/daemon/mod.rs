@@ -141,6 +141,7 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
             config: config.image.clone(),
             pauser: server.pauser(),
             watch: Box::new(move |image| image_events.watch(image)),
+            looks_ahead: config.control.is_some(),
         },
         &server,
     )?;

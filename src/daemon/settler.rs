@@ -19,7 +19,7 @@ use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use log::{Level, error, info, log, warn};
+use log::{Level, debug, error, info, log, warn};
 
 use super::chain::Chain;
 use super::external;
@@ -122,6 +122,8 @@ pub(super) struct Service {
     pub(super) config: ImageConfig,
     pub(super) pauser: Pauser,
     pub(super) watch: Watch,
+    /// Somebody may ask for snapshots: what that needs is found out when there is nothing else to do.
+    pub(super) looks_ahead: bool,
 }
 
 /// A settler at work.
@@ -268,6 +270,14 @@ impl Settling<'_> {
         self.watch_write_back();
         self.pace.idle((self.meter)());
         let mut next = self.new_work(Next::Sleep);
+        if self.service.looks_ahead && matches!(next, Next::Sleep) {
+            self.pace.begin((self.meter)());
+            next = Next::Work {
+                bytes: 0,
+                took: Duration::ZERO,
+                polite: Duration::ZERO,
+            };
+        }
         let mut since = Instant::now();
         loop {
             if let Some((ticket, order)) = self.next_order(&next) {
@@ -364,7 +374,15 @@ impl Settling<'_> {
     fn work(&mut self) -> Next {
         self.announce();
         let (from, start) = ((self.meter)(), Instant::now());
-        match drive(&self.worker, self.worker.background_step()) {
+        let mut step = drive(&self.worker, self.worker.background_step());
+        if matches!(step, Ok(Step::Idle)) && self.service.looks_ahead {
+            step = drive(&self.worker, self.worker.look_ahead()).or_else(|error| {
+                // The command that needs it says so.
+                debug!("cannot look ahead: {}", error.chain());
+                Ok(Step::Idle)
+            });
+        }
+        match step {
             Ok(Step::Progress { bytes }) => {
                 let took = start.elapsed();
                 let polite = self.pace.worked(took, from, (self.meter)());
@@ -561,6 +579,7 @@ impl Settling<'_> {
             config,
             pauser,
             watch,
+            ..
         } = &self.service;
         let chain = external::take(chain, config, pauser, overlay, watch)?;
         self.go_over(chain);
@@ -578,6 +597,7 @@ impl Settling<'_> {
             config,
             pauser,
             watch,
+            ..
         } = &self.service;
         let reverted = revert::take(chain, config, pauser, selector, watch)?;
         self.go_over(reverted.chain);

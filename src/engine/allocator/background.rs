@@ -21,8 +21,7 @@ use crate::units::{to_u64, to_usize};
 const RUNS_PER_LOCK: usize = 4096;
 /// Bytes of refcount blocks that are loaded, changed and written together.
 const BYTES_AT_ONCE: u64 = 1 << 20;
-/// Bytes of refcount blocks that are looked at together, and of one read of them (at least one block).
-const LOOKED_AT_BYTES: u64 = 4 << 20;
+/// Bytes of one read of blocks that are only looked at (at least one block).
 const PIECE_BYTES: u64 = 256 << 10;
 /// Blocks in flight at a time.
 const IN_FLIGHT: usize = 16;
@@ -222,14 +221,18 @@ impl Allocator {
         Ok(said)
     }
 
-    /// The highest of all counts.
+    /// The highest of all counts in some blocks.
     ///
     /// # Errors
     /// `Io`/`Corrupt` when a refcount block cannot be read.
-    pub(crate) async fn highest_count<S: Storage>(&self, storage: &S) -> Result<u64, Error> {
+    pub(crate) async fn highest_count<S: Storage>(
+        &self,
+        storage: &S,
+        blocks: Range<u64>,
+    ) -> Result<u64, Error> {
         let order = self.geometry.refcount_order();
         let mut highest = 0;
-        self.look_through(storage, 0..self.blocks_max(), |_, counts| {
+        self.look_through(storage, blocks, |_, counts| {
             highest = refcount::highest(counts, order).max(highest);
             true
         })
@@ -305,7 +308,7 @@ impl Allocator {
         mut see: impl FnMut(u64, &[u8]) -> bool,
     ) -> Result<(), Error> {
         let cluster_size = self.geometry.cluster_size();
-        let most = (LOOKED_AT_BYTES >> self.geometry.cluster_bits()).max(1);
+        let most = (BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
         let piece_max = (PIECE_BYTES >> self.geometry.cluster_bits()).max(1);
         let end = blocks.end.min(self.blocks_max());
         let mut next = blocks.start;

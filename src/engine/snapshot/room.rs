@@ -5,7 +5,8 @@
 //! it (some thousands, where the data says little), and an image may come with counts that nothing
 //! explains. Three answers, from the cheapest on:
 //!
-//! - The highest count of the image, found once and carried on in memory, bounds every count that is
+//! - The highest count of the image, found once (ahead of time, if there was any) and carried on in
+//!   memory, bounds every count that is
 //!   to come: the active tree has no more references to a cluster than the cluster's count, and never
 //!   gets another to one that it has already. It is enough for all images but those below.
 //! - With the most references that one tree has to any cluster, where these are known, the bound is
@@ -18,7 +19,7 @@
 use std::sync::Arc;
 
 use super::walk::Piece;
-use super::{Root, Task};
+use super::{Root, Step, Task};
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::engine::layer::Mapping;
 use crate::engine::table::Target;
@@ -30,6 +31,8 @@ use crate::units::{to_u64, to_usize};
 
 /// Clusters whose references are tallied at a time: 8 MiB of memory.
 const TALLIED_MAX: u64 = 4 << 20;
+/// Bytes of refcount blocks that are looked at ahead of time in one step (at least one block).
+const AHEAD_BYTES: u64 = 4 << 20;
 /// Bytes of tables that are read together (at least one table).
 const READ_BYTES: u64 = 1 << 20;
 /// More than raw deflate can shrink anything.
@@ -45,6 +48,10 @@ pub(super) struct Known {
     most_to_come: Option<u64>,
     /// Neither the active tree nor one that is not settled has more references to any cluster.
     most_per_tree: Option<u64>,
+    /// Before the first snapshot: no count in the refcount blocks before this one is higher than
+    /// `highest`.
+    looked_at: u64,
+    highest: u64,
 }
 
 /// References that are to come for some clusters.
@@ -132,13 +139,22 @@ impl<S: Storage> Worker<S> {
         // Snapshots that are not counted yet have had what the active tree has now, and more. Asked
         // for before any count is read: what is counted meanwhile counts twice here.
         let unsettled = unsettled_roots(target);
-        let highest = allocator.highest_count(&self.storage).await?.max(1);
+        let mut looking = Known::default();
+        if known.most_to_come.is_none() && known.most_per_tree.is_none() {
+            // Nothing was counted since the look ahead began.
+            looking = known;
+        }
+        self.look_for_highest(target, &mut looking, u64::MAX)
+            .await
+            .map_err(refusal)?;
+        let highest = looking.highest.max(1);
         let per_tree = known.most_per_tree.unwrap_or(highest).min(highest);
         let to_come = sum(highest, to_u64(unsettled.len()) + new, per_tree);
         if let Some(to_come) = to_come.filter(|sum| *sum <= most) {
             *lock(&target.active.snapshots.known) = Known {
                 most_to_come: Some(to_come),
                 most_per_tree: Some(per_tree),
+                ..Known::default()
             };
             return Ok(());
         }
@@ -146,7 +162,57 @@ impl<S: Storage> Worker<S> {
         *lock(&target.active.snapshots.known) = Known {
             most_to_come: None,
             most_per_tree: Some(per_tree),
+            ..Known::default()
         };
+        Ok(())
+    }
+
+    /// Finds out some of what the first snapshot will ask for, so that it need not wait for that. For
+    /// when there is nothing else to do: `Idle` when there is nothing to find out.
+    ///
+    /// # Errors
+    /// `Io`, `Corrupt`: a refcount block cannot be read. Nothing depends on it yet.
+    pub async fn look_ahead(&self) -> Result<Step, Error> {
+        let Some(target) = self.image.qcow2_target() else {
+            return Ok(Step::Idle);
+        };
+        let Target {
+            mapping, active, ..
+        } = target;
+        let snapshots = &active.snapshots;
+        if self.image.has_failed() || active.allocator.untrusted_end() > 0 {
+            return Ok(Step::Idle);
+        }
+        // No snapshot is taken meanwhile, and none waits for being counted.
+        let _table = snapshots.table.lock().await;
+        let mut known = *lock(&snapshots.known);
+        if known.most_per_tree.is_some()
+            || known.looked_at >= active.allocator.blocks_max()
+            || !lock(&snapshots.queue).items.is_empty()
+        {
+            return Ok(Step::Idle);
+        }
+        let blocks = (AHEAD_BYTES >> mapping.geometry.cluster_bits()).max(1);
+        self.look_for_highest(target, &mut known, blocks).await?;
+        *lock(&snapshots.known) = known;
+        Ok(Step::Progress { bytes: AHEAD_BYTES })
+    }
+
+    /// Looks at so many more refcount blocks.
+    async fn look_for_highest(
+        &self,
+        target: Target<'_>,
+        known: &mut Known,
+        blocks: u64,
+    ) -> Result<(), Error> {
+        let allocator = &target.active.allocator;
+        let end = known.looked_at.saturating_add(blocks);
+        let end = end.min(allocator.blocks_max());
+        let highest = allocator
+            .highest_count(&self.storage, known.looked_at..end)
+            .await?;
+        known.highest = known.highest.max(highest);
+        known.looked_at = end;
         Ok(())
     }
 
@@ -187,7 +253,8 @@ impl<S: Storage> Worker<S> {
                     let sum = count.checked_add(coming);
                     coming > 0 && sum.is_none_or(|sum| sum > most)
                 })
-                .await?;
+                .await
+                .map_err(refusal)?;
             if let Some((cluster, count)) = full {
                 let bits = 1_u32 << mapping.geometry.refcount_order();
                 let host_offset = allocator.offset(cluster);
@@ -327,6 +394,16 @@ impl<S: Storage> Worker<S> {
         }
         Ok(())
     }
+}
+
+/// A refcount block that cannot be read is a reason to take no snapshot, not one to take no more
+/// writes: nobody relies on it yet.
+fn refusal(error: Error) -> Error {
+    if error.kind() == ErrorKind::Corrupt {
+        let text = format!("the refcounts must be repaired first: {}", error.chain());
+        return Error::new(ErrorKind::Unsupported, text);
+    }
+    error
 }
 
 /// `first` and `times` times `each`, if that is a number.

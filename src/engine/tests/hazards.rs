@@ -675,7 +675,7 @@ fn a_guest_that_never_flushes_gets_its_clusters_back() {
     let fill = |_| Fill::Data;
     let recipe = Recipe {
         fill,
-        ..Recipe::plain(9, 20 << 20)
+        ..Recipe::plain(10, 40 << 20)
     };
     let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
     let asked = Arc::new(AtomicUsize::new(0));
@@ -688,7 +688,7 @@ fn a_guest_that_never_flushes_gets_its_clusters_back() {
     let zero = async move {
         // Every other host cluster: as many runs.
         for cluster in (0..40_000).step_by(2) {
-            guest.zero(cluster, 1, true).await?;
+            guest.zero(cluster * 2, 2, true).await?;
         }
         Ok::<_, crate::engine::Error>(())
     };

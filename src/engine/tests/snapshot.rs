@@ -317,8 +317,6 @@ fn background_work_leaves_nothing_in_the_cache() {
     rig.block_on(async move {
         client.snapshot("a").await.expect("a snapshot");
         client.settle().await;
-        client.write(77, 3).await.expect("a write");
-        client.flush().await.expect("a flush");
         let before = client.worker.image().store.len();
         client.delete("a").await.expect("a delete");
         client.settle().await;
@@ -447,10 +445,13 @@ fn full(order: u32, which: Option<u64>, count: u64) -> Rig {
 #[test]
 fn a_count_without_room_is_refused_before_the_instant_at_every_width() {
     for order in 3..=6 {
-        for which in [None, Some(3)] {
+        for (which, steps_ahead) in [(None, 0), (Some(3), 1), (Some(3), 1000)] {
             let mut rig = full(order, which, refcount::most(order));
             let client = rig.worker();
             let refused = rig.block_on(async move {
+                for _ in 0..steps_ahead {
+                    client.worker.look_ahead().await.expect("a look");
+                }
                 // Not in the table at stake: it would be copied.
                 client.write(5000, 9).await.expect("a write");
                 let refused = client.snapshot("a").await.expect_err("no room");
@@ -462,6 +463,32 @@ fn a_count_without_room_is_refused_before_the_instant_at_every_width() {
             assert!(!is_dirty(&rig) && rig.image().background().is_empty());
         }
     }
+}
+
+/// The first snapshot need not look through all counts if there was time to do so before.
+#[test]
+fn a_look_ahead_spares_the_first_snapshot_the_reads() {
+    let reads = [false, true].map(|looks_ahead| {
+        let mut rig = opened(Recipe {
+            fill: |_| Fill::Data,
+            refcount_order: 6,
+            ..Recipe::plain(9, 1 << 20)
+        });
+        let client = rig.worker();
+        let reads = rig.block_on(async move {
+            // The blocks that the snapshot itself needs are in memory.
+            client.write(0, 9).await.expect("a write");
+            client.flush().await.expect("a flush");
+            while looks_ahead && client.worker.look_ahead().await.expect("a look") != Step::Idle {}
+            let disk = client.worker.storage().disk().clone();
+            let before = disk.reads();
+            client.snapshot("a").await.expect("a snapshot");
+            disk.reads() - before
+        });
+        done(rig);
+        reads
+    });
+    assert!(reads[1] < reads[0], "{reads:?}");
 }
 
 /// Room for two: snapshots that are not settled yet need it, too, and a deleted one gives it back.
