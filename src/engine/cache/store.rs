@@ -67,12 +67,6 @@ impl Store {
         })
     }
 
-    /// Slices that are there, or on their way.
-    #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        lock(&self.places).len()
-    }
-
     /// Where each directory over this store is known.
     pub(crate) fn directories(&self) -> &Directories {
         &self.directories

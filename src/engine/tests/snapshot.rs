@@ -308,23 +308,6 @@ fn after_the_last_delete_everything_is_written_in_place() {
     done(rig);
 }
 
-/// Owning again goes through the shared cache. What only it has loaded must not stay there: that would
-/// be the metadata of the whole image.
-#[test]
-fn background_work_leaves_nothing_in_the_cache() {
-    let mut rig = opened(all_data());
-    let client = rig.worker();
-    rig.block_on(async move {
-        client.snapshot("a").await.expect("a snapshot");
-        client.settle().await;
-        let before = client.worker.image().store.len();
-        client.delete("a").await.expect("a delete");
-        client.settle().await;
-        assert_eq!(client.worker.image().store.len(), before);
-    });
-    done(rig);
-}
-
 /// A request has taken a cluster and copies its old bytes, when the only other reference to them
 /// goes: an owner now would write in place what the copy overtakes.
 #[test]
