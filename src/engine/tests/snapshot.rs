@@ -3,7 +3,7 @@
 
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
-use crate::engine::{BackgroundKind, ErrorKind, OpenOptions, Step};
+use crate::engine::{BackgroundKind, ErrorKind, NewSnapshot, OpenOptions, Step};
 use crate::format::Header;
 use crate::storage::sim::{OpKind, yield_now};
 
@@ -342,6 +342,36 @@ fn a_taken_cluster_is_owned_again_only_after_it_is_given_back() {
         rig.driver.run_until(|| work.is_done());
         assert!(reader.is_in_place(8, 8));
         done(rig);
+    }
+}
+
+/// A snapshot table that takes more clusters than a refcount block counts: the file grows by the table
+/// and by new blocks behind it, one of which lay where another one counts, and nobody counted it.
+#[test]
+fn a_table_across_several_new_refcount_blocks_leaves_all_of_them_counted() {
+    // 64 clusters to a block.
+    let recipe = Recipe {
+        refcount_order: 6,
+        ..Recipe::plain(9, 64 << 10)
+    };
+    for count in [60, 150, 250, 400] {
+        let mut rig = opened(recipe);
+        let client = rig.worker();
+        rig.block_on(async move {
+            let new: Vec<_> = (0..count)
+                .map(|number| NewSnapshot {
+                    name: format!("{number:0255}"),
+                    date_sec: 0,
+                    date_nsec: 0,
+                    vm_clock_nsec: 0,
+                })
+                .collect();
+            let created = client.worker.create_snapshots(&new).await;
+            assert_eq!(created.expect("snapshots").len(), count);
+            client.settle().await;
+        });
+        let judged = rig.close().and_then(|()| rig.judge_closed());
+        judged.unwrap_or_else(|violation| panic!("{count} snapshots: {violation}"));
     }
 }
 
