@@ -345,6 +345,24 @@ fn a_taken_cluster_is_owned_again_only_after_it_is_given_back() {
     }
 }
 
+/// The engine took any name, and only the control socket knew the limit: an image could get two
+/// snapshots that are one to QEMU's tools, which cut names off.
+#[test]
+fn a_name_that_qemu_cannot_pick_is_refused() {
+    let mut rig = opened(Recipe::plain(12, 1 << 20));
+    let client = rig.worker();
+    rig.block_on(async move {
+        let longest = "x".repeat(255);
+        client.snapshot(&longest).await.expect("255 bytes");
+        for name in ["", "a\0b", &"x".repeat(256), &"\u{e9}".repeat(128)] {
+            let refused = client.snapshot(name).await.expect_err("no name");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{name}");
+        }
+        client.settle().await;
+    });
+    done(rig);
+}
+
 /// A snapshot table that takes more clusters than a refcount block counts: the file grows by the table
 /// and by new blocks behind it, one of which lay where another one counts, and nobody counted it.
 #[test]
@@ -373,6 +391,31 @@ fn a_table_across_several_new_refcount_blocks_leaves_all_of_them_counted() {
         let judged = rig.close().and_then(|()| rig.judge_closed());
         judged.unwrap_or_else(|violation| panic!("{count} snapshots: {violation}"));
     }
+}
+
+/// Refcounts of 2 bits have room for two snapshots. Who has deleted one and comes too early was told
+/// to delete one.
+#[test]
+fn a_refusal_for_want_of_room_says_what_makes_room() {
+    let recipe = Recipe {
+        refcount_order: 1,
+        ..Recipe::plain(12, 1 << 20)
+    };
+    let mut rig = opened(recipe);
+    let client = rig.worker();
+    rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.snapshot("b").await.expect("a snapshot");
+        let full = client.snapshot("c").await.expect_err("no room");
+        assert!(full.to_string().contains("delete one first"), "{full}");
+        client.delete("a").await.expect("a delete");
+        let early = client.snapshot("c").await.expect_err("no room yet");
+        assert!(early.to_string().contains("try again"), "{early}");
+        client.settle().await;
+        client.snapshot("c").await.expect("room");
+        client.settle().await;
+    });
+    done(rig);
 }
 
 /// Refcounts of 4 bits and five compressed clusters in one host cluster: the third snapshot would
