@@ -33,6 +33,8 @@ pub(super) type Reply = (Ticket, Result<Value, CommandError>);
 struct Job {
     /// As it was told last; the progress may be older than the image's.
     work: BackgroundStatus,
+    /// Numbers given before the image of this work was served: each image counts from 1.
+    base: u64,
     status: JobStatus,
     io_status: IoStatus,
     speed: u64,
@@ -40,9 +42,10 @@ struct Job {
 }
 
 impl Job {
-    fn new(work: BackgroundStatus) -> Self {
+    fn new(work: BackgroundStatus, base: u64) -> Self {
         Self {
             work,
+            base,
             status: JobStatus::Created,
             io_status: IoStatus::Ok,
             speed: 0,
@@ -57,7 +60,7 @@ impl Job {
             BackgroundKind::Reown => "reown",
             BackgroundKind::Rebuild => "rebuild",
         };
-        format!("{kind}-{}", self.work.number)
+        format!("{kind}-{}", self.base + self.work.number)
     }
 
     fn info(&self) -> JobInfo {
@@ -182,7 +185,7 @@ impl Background {
                 News::Answered(ticket, result) => replies.push((ticket, self.reply(result))),
                 News::Serving(chain) => {
                     self.chain = chain;
-                    self.table.added_last = 0;
+                    self.table.go_over();
                 }
                 News::Ended => self.ended = true,
                 other => self.table.take(other),
@@ -340,6 +343,8 @@ struct JobTable {
     jobs: Vec<Job>,
     /// Number of the work that was told last.
     added_last: u64,
+    /// Numbers given before the present image was served.
+    base: u64,
     /// Not sent yet.
     events: Vec<Event>,
 }
@@ -393,9 +398,14 @@ impl JobTable {
 
     fn add(&mut self, work: BackgroundStatus) {
         self.added_last = work.number;
-        let mut job = Job::new(work);
+        let mut job = Job::new(work, self.base);
         self.events.push(job.become_status(JobStatus::Created));
         self.jobs.push(job);
+    }
+
+    /// What is told from now on is work of another image.
+    fn go_over(&mut self) {
+        self.base += std::mem::take(&mut self.added_last);
     }
 
     fn change(&mut self, number: u64, change: impl FnOnce(&mut Job, &mut Vec<Event>)) {
@@ -411,7 +421,7 @@ impl JobTable {
             self.change(work.number, |job, _| job.work = work.clone());
         }
         let untold = works.iter().filter(|work| work.number > self.added_last);
-        let untold = untold.map(|work| Job::new(work.clone()));
+        let untold = untold.map(|work| Job::new(work.clone(), self.base));
         let told = self.jobs.iter().map(Job::info);
         told.chain(untold.map(|job| job.info())).collect()
     }
@@ -498,6 +508,26 @@ mod tests {
             ]
         );
         assert!(table.jobs.is_empty());
+    }
+
+    /// A revert or an external snapshot brings another image, which counts its work from 1: a client
+    /// saw two jobs of one id.
+    #[test]
+    fn no_id_is_given_twice() {
+        let mut table = JobTable::default();
+        let mut ids = Vec::new();
+        for _ in 0..3 {
+            table.take(News::Queued(work(1, 0)));
+            table.take(News::Queued(work(2, 0)));
+            ids.extend(table.jobs.iter().map(Job::id));
+            let untold = table.infos(&[work(1, 0), work(2, 0), work(3, 0)]);
+            assert_eq!(untold[2].id, format!("settle-{}", ids.len() + 1));
+            table.take(News::Done(work(1, 100)));
+            table.take(News::Done(work(2, 100)));
+            table.go_over();
+        }
+        let expected: Vec<_> = (1..=6).map(|number| format!("settle-{number}")).collect();
+        assert_eq!(ids, expected);
     }
 
     #[test]
