@@ -14,7 +14,7 @@ use super::error::CommandError;
 use super::info::{self, DeviceInfo, DeviceStats, InternalSnapshotInfo, NodeInfo};
 use super::job::{JobInfo, JobStatus};
 use super::wire::Request;
-use crate::engine::Selector;
+use crate::engine::{SNAPSHOT_NAME_BYTES_MAX, Selector};
 
 /// What the control socket needs from the daemon. Called on the main thread; must not block.
 pub trait Handler {
@@ -129,9 +129,6 @@ const COMMANDS: &[(&str, Run)] = &[
     ("job-dismiss", job_dismiss),
     ("quit", quit),
 ];
-
-/// The longest name that QEMU's tools can pick a snapshot by, in bytes.
-const SNAPSHOT_NAME_BYTES_MAX: usize = 255;
 
 const NEGOTIATE: &str = "qmp_capabilities";
 

@@ -55,6 +55,9 @@ impl CommandError {
     }
 }
 
+/// Longest path of a socket on Linux: 108 bytes with the zero byte at its end.
+pub(super) const PATH_BYTES_MAX: usize = 107;
+
 /// Why the control socket could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -75,6 +78,24 @@ pub enum BindError {
     NotASocket {
         /// The path asked for.
         path: PathBuf,
+    },
+    /// Its folder is not there.
+    #[error(
+        "there is no directory '{}' for the control socket; make it or give another path",
+        folder.display()
+    )]
+    NoFolder {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// No socket may have a path of that length.
+    #[error(
+        "the path of the control socket has {bytes} bytes, and a socket's may have \
+         {PATH_BYTES_MAX}; give a shorter one"
+    )]
+    PathTooLong {
+        /// Length of the path.
+        bytes: usize,
     },
     /// The host refused.
     #[error("cannot {action} control socket {}", path.display())]

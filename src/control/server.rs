@@ -24,7 +24,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 use super::command::{self, Handler, Outcome, Ticket};
-use super::error::{BindError, CommandError};
+use super::error::{BindError, CommandError, PATH_BYTES_MAX};
 use super::event::{Event, Throttle};
 use super::session::{Gone, Session, Waiting};
 use super::wire::{self, Frame};
@@ -65,6 +65,7 @@ impl ControlServer {
             path: path.to_owned(),
             source,
         };
+        check_path(path)?;
         remove_stale(path)?;
         let listener =
             UnixListener::from(listen(path).map_err(|errno| io_error("listen on", errno.into()))?);
@@ -307,6 +308,22 @@ fn register(
         target.as_raw_fd(),
         epoll::Event::new(events, token),
     )
+}
+
+/// Refuses what cannot be the path of a socket, in better words than the host has.
+fn check_path(path: &Path) -> Result<(), BindError> {
+    let bytes = path.as_os_str().len();
+    if bytes > PATH_BYTES_MAX {
+        return Err(BindError::PathTooLong { bytes });
+    }
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            Err(BindError::NoFolder {
+                folder: folder.to_owned(),
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Removes a socket file that nobody listens on any more.

@@ -880,7 +880,7 @@ fn a_folder_that_is_missing_is_named() {
     let refusal = bind_again(Path::new("/nonexistent/control.sock")).unwrap_err();
     assert_eq!(
         refusal.to_string(),
-        "cannot listen on control socket /nonexistent/control.sock"
+        "there is no directory '/nonexistent' for the control socket; make it or give another path"
     );
 }
 

@@ -5,13 +5,19 @@
 //! notices a structural error at the byte that makes it and then looks for a place to go on, so
 //! that a bad message costs its sender one error and nothing else.
 //!
+//! As QEMU does, input may delimit strings by apostrophes, which people like in shell scripts; the
+//! framer hands such a string on with quotation marks. Output is ASCII: what is not is escaped.
+//!
 //! Recovery after a bad or oversized message ends at the first of: the bracket that closes what
 //! was open; a `{` that starts a line; a newline, or a `{`, with nothing open; the byte 0xFF, which
 //! no JSON contains and QMP clients send to resynchronise.
 //!
 //! Limits: a message has at most [`MESSAGE_BYTES_MAX`] bytes and [`DEPTH_MAX`] levels.
 
-use serde::Serialize;
+use std::fmt;
+
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::error::CommandError;
@@ -32,7 +38,8 @@ const RESYNC_BYTE: u8 = 0xFF;
 /// One result of [`Framer::next`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// A complete object. Its brackets and separators are right; its scalars are not yet checked.
+    /// A complete object, its strings in quotation marks. Its brackets and separators are right; its
+    /// scalars are not yet checked.
     Message(Vec<u8>),
     /// Input that cannot be a message; the framer goes on behind it by itself.
     Bad(CommandError),
@@ -63,14 +70,18 @@ enum State {
     Between,
     /// In a message, outside of strings and scalars.
     Inside(Expect),
-    /// In a string of a message; `is_key` if a colon follows.
-    InString { escaped: bool, is_key: bool },
+    /// In a string of a message that ends at the next `quote`; `is_key` if a colon follows.
+    InString {
+        quote: u8,
+        escaped: bool,
+        is_key: bool,
+    },
     /// In a number or a literal of a message.
     InScalar,
-    /// Behind a bad byte; `depth` brackets are still open.
+    /// Behind a bad byte; `depth` brackets are still open, and the string that ends at `quote`.
     Recovering {
         depth: usize,
-        in_string: bool,
+        quote: Option<u8>,
         escaped: bool,
     },
 }
@@ -133,7 +144,7 @@ impl Framer {
                 None
             }
             _ => {
-                if self.buffer.len() == MESSAGE_BYTES_MAX {
+                if self.buffer.len() >= MESSAGE_BYTES_MAX {
                     return Some(self.recover(
                         byte,
                         CommandError::generic(format!(
@@ -141,7 +152,6 @@ impl Framer {
                         )),
                     ));
                 }
-                self.buffer.push(byte);
                 match self.push_inside(byte) {
                     Ok(frame) => frame,
                     Err(error) => Some(self.recover(byte, error)),
@@ -174,13 +184,15 @@ impl Framer {
 
     /// Gives up the present message because of `byte`, and starts to look for the next one there.
     fn recover(&mut self, byte: u8, error: CommandError) -> Frame {
-        let in_string = matches!(self.state, State::InString { .. });
-        let escaped = matches!(self.state, State::InString { escaped: true, .. });
+        let (quote, escaped) = match self.state {
+            State::InString { quote, escaped, .. } => (Some(quote), escaped),
+            _ => (None, false),
+        };
         let depth = self.open.len();
         self.reset();
         self.state = State::Recovering {
             depth,
-            in_string,
+            quote,
             escaped,
         };
         self.push_recovering(byte);
@@ -190,7 +202,7 @@ impl Framer {
     fn push_recovering(&mut self, byte: u8) {
         let State::Recovering {
             depth,
-            in_string,
+            quote,
             escaped,
         } = self.state
         else {
@@ -198,21 +210,21 @@ impl Framer {
         };
         let outside = |depth| State::Recovering {
             depth,
-            in_string: false,
+            quote: None,
             escaped: false,
         };
         self.state = match byte {
             // A raw newline ends a string too: no JSON string contains one.
             b'\n' if depth == 0 => State::Between,
             b'\n' => outside(depth),
-            _ if in_string => State::Recovering {
+            _ if quote.is_some() => State::Recovering {
                 depth,
-                in_string: byte != b'"' || escaped,
+                quote: quote.filter(|quote| byte != *quote || escaped),
                 escaped: byte == b'\\' && !escaped,
             },
-            b'"' => State::Recovering {
+            b'"' | b'\'' => State::Recovering {
                 depth,
-                in_string: true,
+                quote: Some(byte),
                 escaped: false,
             },
             b'{' if depth == 0 || self.at_line_start => {
@@ -230,27 +242,37 @@ impl Framer {
 
     fn push_inside(&mut self, byte: u8) -> Step {
         match self.state {
-            State::InString { escaped, is_key } => {
+            State::InString {
+                quote,
+                escaped,
+                is_key,
+            } => {
                 if byte < b' ' {
                     return Err(CommandError::generic(
                         "JSON parse error, control character in a string",
                     ));
                 }
-                if byte == b'"' && !escaped {
+                if byte == quote && !escaped {
+                    self.buffer.push(b'"');
                     self.state = State::Inside(if is_key {
                         Expect::Colon
                     } else {
                         Expect::CommaOrEnd
                     });
                 } else {
+                    self.push_in_string(byte, escaped);
                     self.state = State::InString {
+                        quote,
                         escaped: byte == b'\\' && !escaped,
                         is_key,
                     };
                 }
                 Ok(None)
             }
-            State::InScalar if is_scalar_byte(byte) => Ok(None),
+            State::InScalar if is_scalar_byte(byte) => {
+                self.buffer.push(byte);
+                Ok(None)
+            }
             State::InScalar => {
                 self.state = State::Inside(Expect::CommaOrEnd);
                 self.push_structure(byte, Expect::CommaOrEnd)
@@ -260,18 +282,34 @@ impl Framer {
         }
     }
 
+    /// A byte of a string, which JSON proper has in quotation marks: there an apostrophe needs no
+    /// escape, and a quotation mark always does.
+    fn push_in_string(&mut self, byte: u8, escaped: bool) {
+        match (byte, escaped) {
+            (b'\'', true) => {
+                self.buffer.pop();
+            }
+            (b'"', false) => self.buffer.push(b'\\'),
+            _ => {}
+        }
+        self.buffer.push(byte);
+    }
+
     fn push_structure(&mut self, byte: u8, expect: Expect) -> Step {
         let value_allowed = matches!(expect, Expect::Value | Expect::ValueOrEnd);
+        self.buffer.push(if byte == b'\'' { b'"' } else { byte });
         match (byte, expect) {
             (b' ' | b'\t' | b'\r' | b'\n', _) => {}
-            (b'"', Expect::Key | Expect::KeyOrEnd) => {
+            (b'"' | b'\'', Expect::Key | Expect::KeyOrEnd) => {
                 self.state = State::InString {
+                    quote: byte,
                     escaped: false,
                     is_key: true,
                 };
             }
-            (b'"', _) if value_allowed => {
+            (b'"' | b'\'', _) if value_allowed => {
                 self.state = State::InString {
+                    quote: byte,
                     escaped: false,
                     is_key: false,
                 };
@@ -369,7 +407,8 @@ pub struct BadRequest {
 ///
 /// [`BadRequest`] if it is not JSON, or not of the form of a command.
 pub fn parse_request(message: &[u8]) -> Result<Request, BadRequest> {
-    let mut members = match serde_json::from_slice(message) {
+    let parsed = serde_json::from_slice(message).map(|StrictValue(value)| value);
+    let mut members = match parsed {
         Ok(Value::Object(members)) => members,
         Ok(_) => {
             let error = CommandError::generic("QMP input must be a JSON object");
@@ -391,6 +430,68 @@ pub fn parse_request(message: &[u8]) -> Result<Request, BadRequest> {
             id,
             error: CommandError::generic(desc),
         }),
+    }
+}
+
+/// A JSON value none of whose objects names a member twice. Which of two was meant nobody knows, and
+/// another reader of the same message may take the other.
+struct StrictValue(Value);
+
+impl<'de> Deserialize<'de> for StrictValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(StrictVisitor).map(Self)
+    }
+}
+
+struct StrictVisitor;
+
+impl<'de> Visitor<'de> for StrictVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(StrictValue(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(list.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut members = Map::new();
+        while let Some((name, StrictValue(value))) = entries.next_entry::<String, _>()? {
+            if members.insert(name, value).is_some() {
+                return Err(de::Error::custom("duplicate key"));
+            }
+        }
+        Ok(members.into())
     }
 }
 
@@ -416,7 +517,19 @@ fn parse_members(members: Map<String, Value>) -> Result<(String, Map<String, Val
 /// One line of output: `value` and CR LF, as QEMU ends its messages.
 pub(super) fn encode_line(value: &impl Serialize) -> Vec<u8> {
     // Our own types: string keys and no failing `Serialize`, so that this cannot fail.
-    let mut line = serde_json::to_vec(value).unwrap_or_default();
+    let text = serde_json::to_string(value).unwrap_or_default();
+    let mut line = Vec::with_capacity(text.len() + 2);
+    for character in text.chars() {
+        // QMP promises ASCII. Outside of strings there is nothing else in JSON.
+        match u8::try_from(character) {
+            Ok(byte @ b' '..=b'~') => line.push(byte),
+            _ => {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    line.extend_from_slice(format!("\\u{unit:04x}").as_bytes());
+                }
+            }
+        }
+    }
     line.extend_from_slice(b"\r\n");
     line
 }
@@ -493,6 +606,48 @@ mod tests {
             frames(b"\n{\n  \"a\":\n{\r\n}\n}\n"),
             ["{\n  \"a\":\n{\r\n}\n}"]
         );
+    }
+
+    /// QEMU's extension of JSON, which its users' shell scripts rely on.
+    #[test]
+    fn strings_may_stand_between_apostrophes() {
+        assert_eq!(
+            frames(br#"{'a':['b','}'], "c'":"it's", 'd':'say "x\"\\"'}{'e':'it\'s',"f":"\'"}"#),
+            [
+                r#"{"a":["b","}"], "c'":"it's", "d":"say \"x\"\\\""}"#,
+                r#"{"e":"it's","f":"'"}"#
+            ]
+        );
+    }
+
+    #[test]
+    fn a_bad_object_ends_behind_its_strings_between_apostrophes() {
+        assert_eq!(
+            frames(br#"{'a' '}' "}" ['"}]\''] }{}"#),
+            ["!JSON parse error, missing : in object pair", "{}"]
+        );
+    }
+
+    /// A quotation mark between apostrophes takes two bytes in the message that is handed on.
+    #[test]
+    fn what_grows_when_it_is_handed_on_is_limited_all_the_same() {
+        let mut input = b"{'a':'".to_vec();
+        input.resize(MESSAGE_BYTES_MAX - 10, b'"');
+        input.extend_from_slice(b"'}\n{}");
+        let too_long = format!("!message is longer than {MESSAGE_BYTES_MAX} bytes");
+        assert_eq!(frames(&input), [too_long.as_str(), "{}"]);
+    }
+
+    #[test]
+    fn output_is_ascii_whatever_it_says() {
+        let id = json!("a\u{e9}\u{1f600}\u{7f}\u{9b}\n");
+        let line = encode_reply(Some(&id), &Ok(json!({})));
+        let text = String::from_utf8(line).unwrap();
+        assert_eq!(
+            text,
+            "{\"return\":{},\"id\":\"a\\u00e9\\ud83d\\ude00\\u007f\\u009b\\n\"}\r\n"
+        );
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["id"], id);
     }
 
     #[test]
@@ -702,6 +857,23 @@ mod tests {
         ];
         let expected = cases.map(|(_, desc)| (Some(json!(1)), desc.to_owned()));
         assert_eq!(cases.map(|(message, _)| refusal(message)), expected);
+    }
+
+    /// Of two members of one name the last was taken, silently.
+    #[test]
+    fn a_member_that_is_there_twice_is_refused() {
+        for message in [
+            r#"{"execute":"x","execute":"y"}"#,
+            r#"{"execute":"x","id":1,"id":1}"#,
+            r#"{"execute":"x","arguments":{"a":[{"b":1,"b":2}]}}"#,
+        ] {
+            let (id, desc) = refusal(message);
+            assert_eq!(id, None);
+            assert!(
+                desc.starts_with("JSON parse error, duplicate key"),
+                "{desc}"
+            );
+        }
     }
 
     #[test]

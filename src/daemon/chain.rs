@@ -174,17 +174,68 @@ pub(super) fn node_info(layer: &OpenLayer) -> Result<Option<ImageInfo>, engine::
 /// The internal snapshot of this name in the active image, or else that of this id.
 fn find_snapshot(storage: &BlockingStorage, wanted: &str) -> Result<Selector, engine::Error> {
     let snapshots = block_on(info(storage, FileId(0)))?.snapshots;
+    pick_snapshot(&snapshots, wanted)
+}
+
+fn pick_snapshot(snapshots: &[SnapshotEntry], wanted: &str) -> Result<Selector, engine::Error> {
     let given = Some(wanted.to_owned());
-    let is_name = |entry: &SnapshotEntry| entry.name == wanted.as_bytes();
-    Ok(if snapshots.iter().any(is_name) {
-        Selector {
-            id: None,
-            name: given,
-        }
-    } else {
-        Selector {
+    let named = snapshots
+        .iter()
+        .filter(|entry| entry.name == wanted.as_bytes());
+    match named.count() {
+        0 if snapshots.iter().any(|entry| entry.id == wanted.as_bytes()) => Ok(Selector {
             id: given,
             name: None,
+        }),
+        0 => Err(engine::Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "the image has no snapshot with the name or id '{wanted}'; `qblkd snapshot list` \
+                 shows those that it has"
+            ),
+        )),
+        1 => Ok(Selector {
+            id: None,
+            name: given,
+        }),
+        _ => Err(engine::Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "several snapshots of the image are named '{wanted}'; give the id, which `qblkd \
+                 snapshot list` shows"
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, name: &str) -> SnapshotEntry {
+        SnapshotEntry {
+            id: id.into(),
+            name: name.into(),
+            ..SnapshotEntry::default()
         }
-    })
+    }
+
+    /// Of several of one name the first was served.
+    #[test]
+    fn a_name_goes_before_an_id_and_must_be_the_only_one() {
+        let list = [
+            entry("1", "2"),
+            entry("2", "x"),
+            entry("3", "y"),
+            entry("4", "y"),
+        ];
+        let by_name = pick_snapshot(&list, "2").unwrap();
+        assert_eq!((by_name.id, by_name.name.as_deref()), (None, Some("2")));
+        let by_id = pick_snapshot(&list, "3").unwrap();
+        assert_eq!((by_id.id.as_deref(), by_id.name), (Some("3"), None));
+        let kind = |wanted| pick_snapshot(&list, wanted).unwrap_err().kind();
+        assert_eq!(kind("y"), ErrorKind::Invalid);
+        assert_eq!(kind("z"), ErrorKind::NotFound);
+        assert_eq!(kind(""), ErrorKind::NotFound);
+    }
 }

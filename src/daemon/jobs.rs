@@ -34,6 +34,8 @@ pub(super) type Reply = (Ticket, Result<Value, CommandError>);
 struct Job {
     /// As it was told last; the progress may be older than the image's.
     work: BackgroundStatus,
+    /// Numbers given before the image of this work was served: each image counts from 1.
+    base: u64,
     status: JobStatus,
     io_status: IoStatus,
     speed: u64,
@@ -41,9 +43,10 @@ struct Job {
 }
 
 impl Job {
-    fn new(work: BackgroundStatus) -> Self {
+    fn new(work: BackgroundStatus, base: u64) -> Self {
         Self {
             work,
+            base,
             status: JobStatus::Created,
             io_status: IoStatus::Ok,
             speed: 0,
@@ -58,7 +61,7 @@ impl Job {
             BackgroundKind::Reown => "reown",
             BackgroundKind::Rebuild => "rebuild",
         };
-        format!("{kind}-{}", self.work.number)
+        format!("{kind}-{}", self.base + self.work.number)
     }
 
     fn info(&self) -> JobInfo {
@@ -183,8 +186,7 @@ impl Background {
                 News::Answered(ticket, result) => replies.push((ticket, self.reply(result))),
                 News::Serving(chain) => {
                     self.chain = chain;
-                    self.table.added_last = 0;
-                    self.table.early_speeds.clear();
+                    self.table.go_over();
                 }
                 News::Ended => self.ended = true,
                 other => self.table.take(other),
@@ -343,6 +345,8 @@ struct JobTable {
     added_last: u64,
     /// Limits of work that was not told yet, by number.
     early_speeds: HashMap<u64, u64>,
+    /// Numbers given before the present image was served.
+    base: u64,
     /// Not sent yet.
     events: Vec<Event>,
 }
@@ -403,6 +407,12 @@ impl JobTable {
         self.jobs.push(job);
     }
 
+    /// What is told from now on is work of another image.
+    fn go_over(&mut self) {
+        self.base += std::mem::take(&mut self.added_last);
+        self.early_speeds.clear();
+    }
+
     fn change(&mut self, number: u64, change: impl FnOnce(&mut Job, &mut Vec<Event>)) {
         if let Some(job) = self.jobs.iter_mut().find(|job| job.work.number == number) {
             change(job, &mut self.events);
@@ -423,7 +433,7 @@ impl JobTable {
 
     /// A job as it is before it is told.
     fn untold(&self, work: BackgroundStatus) -> Job {
-        let mut job = Job::new(work);
+        let mut job = Job::new(work, self.base);
         job.speed = self
             .early_speeds
             .get(&job.work.number)
@@ -439,7 +449,7 @@ impl JobTable {
             return Some(job.work.number);
         }
         let is_it = |work: &&BackgroundStatus| {
-            work.number > self.added_last && Job::new((*work).clone()).id() == id
+            work.number > self.added_last && Job::new((*work).clone(), self.base).id() == id
         };
         let number = works.iter().find(is_it)?.number;
         self.early_speeds.insert(number, speed);
@@ -545,6 +555,26 @@ mod tests {
         table.take(News::Queued(work(2, 0)));
         let after: Vec<u64> = speeds(&mut table);
         assert_eq!((before, after), (vec![7, 5], vec![7, 5]));
+    }
+
+    /// A revert or an external snapshot brings another image, which counts its work from 1: a client
+    /// saw two jobs of one id.
+    #[test]
+    fn no_id_is_given_twice() {
+        let mut table = JobTable::default();
+        let mut ids = Vec::new();
+        for _ in 0..3 {
+            table.take(News::Queued(work(1, 0)));
+            table.take(News::Queued(work(2, 0)));
+            ids.extend(table.jobs.iter().map(Job::id));
+            let untold = table.infos(&[work(1, 0), work(2, 0), work(3, 0)]);
+            assert_eq!(untold[2].id, format!("settle-{}", ids.len() + 1));
+            table.take(News::Done(work(1, 100)));
+            table.take(News::Done(work(2, 100)));
+            table.go_over();
+        }
+        let expected: Vec<_> = (1..=6).map(|number| format!("settle-{number}")).collect();
+        assert_eq!(ids, expected);
     }
 
     #[test]

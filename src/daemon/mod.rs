@@ -19,6 +19,7 @@ mod socket;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -107,6 +108,8 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
 /// # Errors
 /// See [`DaemonError`]. `Interrupted` leaves requests unfinished: the process must end.
 pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
+    // Before anything is opened here: a number that nobody has given us could become one of ours.
+    let endpoint = ReadyEndpoint::new(&config.endpoint)?;
     // Before anything is touched: a repair must not come before the news that nothing can be served.
     drop(Ring::new(1).map_err(DaemonError::IoUring)?);
     let image_error = |source| DaemonError::Image {
@@ -154,7 +157,7 @@ pub fn run(config: &ServeConfig) -> Result<(), DaemonError> {
         None => None,
     };
     // The socket appears last: whoever sees it finds everything ready.
-    let (front_end, listening) = front_end(&config.endpoint)?;
+    let (front_end, listening) = endpoint.front_end()?;
     server.serve(front_end).map_err(DaemonError::Device)?;
     info!("serving '{}'", config.image.path.display());
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
@@ -252,21 +255,46 @@ impl ImageEvents {
     }
 }
 
-fn front_end(endpoint: &Endpoint) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
-    match endpoint {
-        Endpoint::Path { path, group, mode } => {
-            let (listener, socket) =
-                ListeningSocket::bind(path, group.as_deref(), *mode).map_err(|source| {
-                    DaemonError::Socket {
-                        path: path.display().to_string(),
-                        source,
-                    }
-                })?;
-            Ok((FrontEnd::Listener(listener), Some(socket)))
+/// Where the front-end comes from, as far as that can be settled before the image is open.
+enum ReadyEndpoint<'a> {
+    Path {
+        path: &'a Path,
+        group: Option<&'a str>,
+        mode: Option<u32>,
+    },
+    /// A copy of the descriptor that whoever started us has given us.
+    Given(FrontEnd),
+}
+
+impl<'a> ReadyEndpoint<'a> {
+    fn new(endpoint: &'a Endpoint) -> Result<Self, DaemonError> {
+        match endpoint {
+            Endpoint::Path { path, group, mode } => Ok(Self::Path {
+                path,
+                group: group.as_deref(),
+                mode: *mode,
+            }),
+            Endpoint::Fd(fd) => {
+                let source = |source| DaemonError::Descriptor { fd: *fd, source };
+                FrontEnd::from_number(*fd).map(Self::Given).map_err(source)
+            }
         }
-        Endpoint::Fd(fd) => {
-            let source = |source| DaemonError::Descriptor { fd: *fd, source };
-            Ok((FrontEnd::from_number(*fd).map_err(source)?, None))
+    }
+
+    /// Makes the socket, unless one was given.
+    fn front_end(self) -> Result<(FrontEnd, Option<ListeningSocket>), DaemonError> {
+        match self {
+            Self::Path { path, group, mode } => {
+                let (listener, socket) =
+                    ListeningSocket::bind(path, group, mode).map_err(|source| {
+                        DaemonError::Socket {
+                            path: path.display().to_string(),
+                            source,
+                        }
+                    })?;
+                Ok((FrontEnd::Listener(listener), Some(socket)))
+            }
+            Self::Given(front_end) => Ok((front_end, None)),
         }
     }
 }

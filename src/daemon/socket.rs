@@ -165,6 +165,8 @@ fn refuse_live(path: &Path) -> Result<(), SocketError> {
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(SocketError::InUse),
+        // Of another type than ours: its owner is alive.
+        Err(error) if error.raw_os_error() == Some(libc::EPROTOTYPE) => Err(SocketError::InUse),
         Err(error)
             if matches!(
                 error.kind(),
@@ -179,6 +181,8 @@ fn refuse_live(path: &Path) -> Result<(), SocketError> {
 
 /// A group's number, from its number or its name in the host's group file.
 fn group_id(group: &str) -> Result<Gid, SocketError> {
+    // The highest number means "leave it as it is" to the host, and is no group's.
+    let is_group = |number: &u32| *number != u32::MAX;
     let number = group.parse().ok().or_else(|| {
         let groups = fs::read_to_string("/etc/group").ok()?;
         groups.lines().find_map(|line| {
@@ -189,6 +193,7 @@ fn group_id(group: &str) -> Result<Gid, SocketError> {
         })
     });
     number
+        .filter(is_group)
         .map(Gid::from_raw)
         .ok_or_else(|| SocketError::NoGroup {
             group: group.to_owned(),

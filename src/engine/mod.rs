@@ -62,7 +62,8 @@ pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
 pub use self::snapshot::{
-    BackgroundKind, BackgroundStatus, Created, NewSnapshot, Selector, SnapshotInfo, Step, revert,
+    BackgroundKind, BackgroundStatus, Created, NewSnapshot, SNAPSHOT_NAME_BYTES_MAX, Selector,
+    SnapshotInfo, Step, revert,
 };
 pub use self::worker::Worker;
 

@@ -312,7 +312,7 @@ async fn parse_for_writing<S: Storage>(storage: &S, file: FileId) -> Result<Pars
             Ok(mut parsed) => {
                 if let Some(end) = untrusted_end(storage, file, &parsed).await? {
                     log::info!(
-                        "the image was not closed in order: its refcounts are rebuilt while it is \
+                        "the image has the dirty bit: its refcounts are counted anew while it is \
                          served"
                     );
                     parsed.untrusted = true;

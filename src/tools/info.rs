@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::{Exit, fail, human_size, print};
+use super::{Exit, fail, human_size, print, printable};
 use crate::config::InfoConfig;
 use crate::engine::chain::{ChainOptions, open_chain};
 use crate::engine::info::{ImageInfo, info as image_info};
@@ -251,13 +251,14 @@ fn to_text(file: &FileInfo) -> String {
     }
     if let Some((name, full)) = file.backing() {
         if name == full {
-            line("backing file", &name);
+            line("backing file", &printable(&name));
         } else {
-            line("backing file", &format!("{name} (actual path: {full})"));
+            let text = format!("{name} (actual path: {full})");
+            line("backing file", &printable(&text));
         }
     }
     if let Some(format) = file.backing_format() {
-        line("backing file format", &format);
+        line("backing file format", &printable(&format));
     }
     line("compat", FileInfo::compat(image));
     line("compression type", header.compression_type.name());
@@ -285,8 +286,8 @@ fn snapshots_text(snapshots: &[SnapshotEntry]) -> String {
     for entry in snapshots {
         text.push_str(&format!(
             "{:<8} {:<20} {:>10} {:>19} {:>14}\n",
-            lossy(&entry.id),
-            lossy(&entry.name),
+            printable(&lossy(&entry.id)),
+            printable(&lossy(&entry.name)),
             human_size(entry.vm_state_size()),
             date(entry.date_sec),
             clock(entry.vm_clock_nsec),

@@ -70,6 +70,19 @@ fn complain(text: &impl Display) {
     drop(writeln!(io::stderr().lock(), "{text}"));
 }
 
+/// Text that an image holds, for people: what could mean something to a terminal is escaped.
+fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            shown.extend(character.escape_debug());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
 /// Prints an error with all its causes, once.
 fn fail(path: &Path, error: &Error) -> Exit {
     complain(&format!("qblkd: {}: {}", path.display(), error.chain()));

@@ -4,7 +4,7 @@
 //! makes of it. With `--blk-file` it takes the image's lock and does the same work itself, to its
 //! end, with the backing files left alone: nothing of a guest's data is read or written.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::info::{clock, date};
-use super::{Exit, human_size, lock, print, progress_bar};
+use super::{Exit, human_size, lock, print, printable, progress_bar};
 use crate::config::{SnapshotAction, SnapshotConfig, SnapshotName, SnapshotTarget};
 use crate::engine::info::info;
 use crate::engine::{
@@ -29,6 +29,10 @@ use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 
 /// How often a server is asked how far a job is.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a server may take to greet, which it does at once unless it is very busy. Whoever waits
+/// for us to speak first, as on a vhost-user socket, is no control socket.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Does what the configuration says, and prints what there is to print.
 #[must_use]
@@ -65,15 +69,37 @@ fn select<'a>(
             found.or_else(|| by_id(name))
         }
     };
-    found.ok_or_else(|| {
-        let text = match which {
-            SnapshotName::Id(id) => format!("there is no snapshot with the id '{id}'"),
-            SnapshotName::NameOrId(name) => {
-                format!("there is no snapshot with the name or id '{name}'")
-            }
-        };
-        Error::new(ErrorKind::NotFound, text)
-    })
+    found.ok_or_else(|| missing(which))
+}
+
+fn missing(which: &SnapshotName) -> Error {
+    let text = match which {
+        SnapshotName::Id(id) => format!("there is no snapshot with the id '{id}'"),
+        SnapshotName::NameOrId(name) => {
+            format!("there is no snapshot with the name or id '{name}'")
+        }
+    };
+    Error::new(ErrorKind::NotFound, text)
+}
+
+/// What picks a listed snapshot. By its id alone where the list could not show its name: images of
+/// others may hold names that are no text.
+fn selector(snapshot: &SnapshotInfo) -> Selector {
+    let is_whole = !snapshot.name.contains(char::REPLACEMENT_CHARACTER);
+    Selector {
+        id: Some(snapshot.id.clone()),
+        name: is_whole.then(|| snapshot.name.clone()),
+    }
+}
+
+/// The same as arguments of a command.
+fn naming(device: &str, snapshot: &SnapshotInfo) -> Value {
+    let Selector { id, name } = selector(snapshot);
+    let mut arguments = json!({ "device": device, "id": id });
+    if let Some(name) = name {
+        arguments["name"] = name.into();
+    }
+    arguments
 }
 
 fn ambiguous(name: &str) -> Error {
@@ -99,8 +125,8 @@ fn show(snapshots: &[SnapshotInfo], as_json: bool) -> String {
     for snapshot in snapshots {
         text.push_str(&format!(
             "{:<8} {:<20} {:>10} {:>19} {:>14} {:>10}{}\n",
-            snapshot.id,
-            snapshot.name,
+            printable(&snapshot.id),
+            printable(&snapshot.name),
             human_size(snapshot.vm_state_size),
             date(snapshot.date_sec),
             clock(snapshot.vm_clock_nsec),
@@ -157,7 +183,7 @@ fn from_json(value: &Value) -> SnapshotInfo {
 
 /// Does it through the control socket of a server.
 fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<String, Error> {
-    let mut client = Client::connect(socket)?;
+    let mut client = Client::connect(socket, GREETING_PATIENCE)?;
     let device = client.device()?;
     let job = match action {
         SnapshotAction::List { json } => return Ok(show(&device.snapshots, *json)),
@@ -168,17 +194,13 @@ fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<S
         }
         SnapshotAction::Delete { which, wait } => {
             let snapshot = select(&device.snapshots, which)?;
-            let arguments = json!({
-                "device": device.name, "id": snapshot.id, "name": snapshot.name
-            });
+            let arguments = naming(&device.name, snapshot);
             client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
             wait.then(|| ("delete-", snapshot.name.clone()))
         }
         SnapshotAction::Revert { which } => {
             let snapshot = select(&device.snapshots, which)?;
-            let arguments = json!({
-                "device": device.name, "id": snapshot.id, "name": snapshot.name
-            });
+            let arguments = naming(&device.name, snapshot);
             client.execute("x-qblkd-snapshot-revert", &arguments)?;
             None
         }
@@ -202,20 +224,28 @@ struct Device {
 }
 
 impl Client {
-    fn connect(socket: &Path) -> Result<Self, Error> {
+    fn connect(socket: &Path, patience: Duration) -> Result<Self, Error> {
         let connected = UnixStream::connect(socket)
             .and_then(|stream| Ok((stream.try_clone()?, stream)))
-            .map_err(|error| Error::io("cannot connect to the control socket", error));
+            .map_err(|error| {
+                let text = "cannot connect to the control socket (a qblkd that serves makes it with \
+                            --control)";
+                Error::io(text, error)
+            });
         let (reader, stream) = connected?;
         let mut client = Self {
             stream,
             lines: BufReader::new(reader),
         };
-        if client.read()?.get("QMP").is_none() {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "this is not a control socket: there is no QMP greeting",
-            ));
+        if !client.wait(patience)? {
+            return Err(no_greeting());
+        }
+        let greeting = client.read()?;
+        if let Some(error) = greeting.get("error") {
+            return Err(refusal(error));
+        }
+        if greeting.get("QMP").is_none() {
+            return Err(no_greeting());
         }
         client.execute("qmp_capabilities", &json!({}))?;
         Ok(client)
@@ -226,12 +256,9 @@ impl Client {
         let count = self
             .lines
             .read_line(&mut line)
-            .map_err(|error| Error::io("cannot read from the control socket", error))?;
+            .map_err(|error| lost("cannot read from the control socket", error))?;
         if count == 0 {
-            return Err(Error::new(
-                ErrorKind::Failed,
-                "the server has ended, or has closed the connection",
-            ));
+            return Err(closed());
         }
         serde_json::from_str(&line).map_err(|error| {
             Error::io(
@@ -246,12 +273,11 @@ impl Client {
         let request = json!({ "execute": command, "arguments": arguments });
         self.stream
             .write_all(format!("{request}\n").as_bytes())
-            .map_err(|error| Error::io("cannot write to the control socket", error))?;
+            .map_err(|error| lost("cannot write to the control socket", error))?;
         loop {
             let mut message = self.read()?;
             if let Some(error) = message.get("error") {
-                let text = error["desc"].as_str().unwrap_or("refused without a reason");
-                return Err(Error::new(ErrorKind::Invalid, text));
+                return Err(refusal(error));
             }
             if let Some(value) = message.get_mut("return") {
                 return Ok(value.take());
@@ -272,12 +298,14 @@ impl Client {
         })
     }
 
-    /// Waits until the server tells something, but not long: progress is not told.
-    fn wait(&self) -> Result<(), Error> {
-        let limit = Timespec::try_from(POLL_INTERVAL).unwrap_or_default();
+    /// Waits until the server tells something, at most for `limit`. Returns whether it does.
+    fn wait(&self, limit: Duration) -> Result<bool, Error> {
+        let limit = Timespec::try_from(limit).unwrap_or_default();
         let mut polled = [PollFd::new(&self.stream, PollFlags::IN)];
         match rustix::event::poll(&mut polled, Some(&limit)) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Ok(count) => Ok(count > 0),
+            // Early is soon enough.
+            Err(Errno::INTR) => Ok(true),
             Err(errno) => {
                 let text = "cannot wait for the control socket";
                 Err(Error::io(text, errno.into()))
@@ -312,9 +340,38 @@ impl Client {
             });
             bar.set_length(job["total-progress"].as_u64().unwrap_or(0));
             bar.set_position(job["current-progress"].as_u64().unwrap_or(0));
-            self.wait()?;
+            // Not long: progress is not told.
+            self.wait(POLL_INTERVAL)?;
         }
     }
+}
+
+fn no_greeting() -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        "this is not a control socket: there is no QMP greeting",
+    )
+}
+
+fn closed() -> Error {
+    Error::new(
+        ErrorKind::Failed,
+        "the server has ended, or has closed the connection",
+    )
+}
+
+/// An error of the connection, in plain words if it is the end of it.
+fn lost(action: &'static str, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => closed(),
+        _ => Error::io(action, error),
+    }
+}
+
+/// The `error` of a reply.
+fn refusal(error: &Value) -> Error {
+    let text = error["desc"].as_str().unwrap_or("refused without a reason");
+    Error::new(ErrorKind::Invalid, text)
 }
 
 /// What the bar says.
@@ -344,7 +401,14 @@ fn lock_image(path: &Path, write: bool) -> Result<Locked, Error> {
     } else {
         LockKind::Reader
     };
-    let lock = lock(&file, kind)?;
+    let lock = lock(&file, kind).map_err(|error| {
+        let text = format!(
+            "{}; or, where that is a qblkd with a control socket, give --control PATH instead of \
+             --blk-file",
+            error.chain()
+        );
+        Error::new(error.kind(), text)
+    })?;
     Ok(Locked {
         file,
         write,
@@ -398,11 +462,7 @@ fn offline(path: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<St
             change(lock_image(path, true)?, bar, "delete-", async |worker| {
                 let snapshots = worker.image().snapshots();
                 let snapshot = select(&snapshots, which)?;
-                let selector = Selector {
-                    id: Some(snapshot.id.clone()),
-                    name: Some(snapshot.name.clone()),
-                };
-                worker.delete_snapshot(&selector).await.map(drop)
+                worker.delete_snapshot(&selector(snapshot)).await.map(drop)
             })
         }
     }
@@ -420,7 +480,9 @@ fn go_back(path: &Path, which: &SnapshotName, bar: &ProgressBar) -> Result<Strin
         },
         SnapshotName::NameOrId(name) => {
             let count = |entry: &&SnapshotEntry| entry.name == name.as_bytes();
+            let has_id = || snapshots.iter().any(|entry| entry.id == name.as_bytes());
             let (id, name) = match snapshots.iter().filter(count).count() {
+                0 if !has_id() => return Err(missing(which)),
                 0 => (Some(name.clone()), None),
                 1 => (None, Some(name.clone())),
                 _ => return Err(ambiguous(name)),
@@ -460,6 +522,9 @@ fn change(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
     use super::*;
 
     fn named(id: &str, name: &str) -> SnapshotInfo {
@@ -493,6 +558,61 @@ mod tests {
         assert_eq!(id(&name("z")).unwrap_err().kind(), ErrorKind::NotFound);
         let missing = SnapshotName::Id("x".to_owned());
         assert_eq!(id(&missing).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    /// With the name as it was shown nothing was found, not even by id.
+    #[test]
+    fn a_name_that_is_no_text_is_no_part_of_the_choice() {
+        let lossy = named("7", "caf\u{fffd}");
+        let id = Some("7".to_owned());
+        assert_eq!(selector(&lossy), Selector { id, name: None });
+        assert_eq!(
+            naming("disk0", &lossy),
+            json!({ "device": "disk0", "id": "7" })
+        );
+        assert_eq!(
+            naming("disk0", &named("7", "a")),
+            json!({ "device": "disk0", "id": "7", "name": "a" })
+        );
+    }
+
+    /// A name of an image could tell the terminal anything.
+    #[test]
+    fn the_list_has_one_line_for_each_and_no_control_characters() {
+        let text = show(&[named("7", "a\u{1b}[31m\nb\u{9b}c")], false);
+        assert_eq!(text.lines().count(), 2);
+        assert!(
+            !text.replace('\n', "").contains(char::is_control),
+            "{text:?}"
+        );
+        assert!(text.contains(r"a\u{1b}[31m\nb\u{9b}c"), "{text}");
+    }
+
+    /// Connects to a socket that says this first; the error.
+    fn greeted_with(first: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let text = first.to_owned();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(text.as_bytes()).unwrap();
+            stream
+        });
+        let patience = Duration::from_millis(if first.is_empty() { 10 } else { 60_000 });
+        let refused = Client::connect(&path, patience).err().unwrap();
+        drop(server.join().unwrap());
+        refused.to_string()
+    }
+
+    /// On a vhost-user socket, which waits for the front-end to speak, the tool hung; and of a server
+    /// with too many clients it said that it was no control socket.
+    #[test]
+    fn a_server_that_does_not_greet_is_no_control_socket_or_says_why() {
+        assert!(greeted_with("").contains("no QMP greeting"));
+        assert!(greeted_with("{\"event\": \"X\"}\n").contains("no QMP greeting"));
+        let full = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"too many clients\"}}\n";
+        assert_eq!(greeted_with(full), "too many clients");
     }
 
     #[test]

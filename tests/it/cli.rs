@@ -391,6 +391,45 @@ fn a_descriptor_that_is_no_socket_is_refused() {
     assert!(refused.stderr.contains("--fd 0"), "{refused:?}");
 }
 
+/// The number was looked at after the program had opened descriptors of its own: one of those, half
+/// of a socket pair, was then taken for the front-end.
+#[test]
+fn a_descriptor_that_nobody_has_given_is_refused() {
+    let (_dir, file) = image();
+    // The lowest numbers are those that the program gets first.
+    for number in 3..16 {
+        let mut command = Command::new(QBLKD);
+        command.args(["--fd", &number.to_string()]);
+        command.args(arguments(&file, &[]));
+        let refused = run_command(&mut command, LIMIT / 10).unwrap();
+        assert_eq!(refused.code().unwrap(), 1, "{number}: {refused:?}");
+        assert!(refused.stderr.contains("--fd"), "{number}: {refused:?}");
+    }
+}
+
+/// The host takes this number for "no change"; the library that calls it panics.
+#[test]
+fn the_number_that_is_no_group_is_refused() {
+    let (_dir, file) = image();
+    let said = refusal(arguments(&file, &["--socket-group", "4294967295"]));
+    assert!(said.contains("no group '4294967295'"), "{said}");
+}
+
+#[test]
+fn a_control_socket_that_cannot_be_is_refused_with_what_to_change() {
+    let (dir, file) = image();
+    let control = |path: PathBuf| {
+        refusal(arguments(
+            &file,
+            &["--control", &path.display().to_string()],
+        ))
+    };
+    let no_folder = control(dir.path().join("missing/s"));
+    assert!(no_folder.contains("there is no directory '"), "{no_folder}");
+    let too_long = control(PathBuf::from(format!("/tmp/{}", "x".repeat(103))));
+    assert!(too_long.contains("108 bytes"), "{too_long}");
+}
+
 // --- Locks ---
 
 /// Plain words, for who does not know of byte ranges.

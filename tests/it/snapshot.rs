@@ -727,6 +727,37 @@ fn an_image_in_use_is_left_alone() -> Result<(), Failure> {
     let refused = scratch.tool(false, &["create", "s"])?;
     assert_eq!(refused.code()?, 1, "{refused:?}");
     assert!(refused.stderr.contains("in use"), "{refused:?}");
+    assert!(refused.stderr.contains("--control"), "{refused:?}");
+    Ok(())
+}
+
+/// Images of others hold names that are no text. Such a snapshot was listed and could not be deleted.
+#[test]
+fn a_snapshot_whose_name_is_no_text_goes_by_its_id() -> Result<(), Failure> {
+    for online in [false, true] {
+        let scratch = Scratch::new(DISK_BYTES, &[])?;
+        scratch.tool(false, &["create", "name-x"])?.success()?;
+        let mut bytes = std::fs::read(&scratch.file)?;
+        let name = b"name-x";
+        let at = bytes
+            .windows(name.len())
+            .position(|window| window == name)
+            .ok_or("the name is not in the file")?;
+        bytes[at + 5] = 0xe9;
+        std::fs::write(&scratch.file, &bytes)?;
+        let server = if online {
+            Some(scratch.serve(&[])?)
+        } else {
+            None
+        };
+        scratch.tool(online, &["revert", "--id", "1"])?.success()?;
+        scratch.tool(online, &["delete", "--id", "1"])?.success()?;
+        let listed = scratch.tool(online, &["list"])?.success()?;
+        assert_eq!(listed.stdout, "no internal snapshots\n");
+        if let Some(server) = server {
+            assert_eq!(server.terminate()?.code()?, 0);
+        }
+    }
     Ok(())
 }
 
@@ -775,6 +806,7 @@ fn a_snapshot_is_served_and_gone_back_to() -> Result<(), Failure> {
     assert_eq!(server.terminate()?.code()?, 0);
     let missing = scratch.tool(false, &["revert", "nope"])?;
     assert_eq!(missing.code()?, 1, "{missing:?}");
+    assert!(missing.stderr.contains("name or id 'nope'"), "{missing:?}");
     Ok(())
 }
 

@@ -90,8 +90,11 @@ impl Allocator {
             block += 1;
         }
         let end = self.page_align_up(used_end);
-        if end > covered || !counted.is_empty() {
-            // A longer refcount table, or past leaked clusters: then there is room for the run.
+        let is_new = |block| new_blocks.iter().any(|new| new.block == block);
+        let counts_itself = |new: &NewBlock| is_new(self.block_index(new.cluster));
+        if end > covered || !counted.is_empty() || !new_blocks.iter().all(counts_itself) {
+            // A longer refcount table, or past leaked clusters, or past blocks that are there already
+            // and would have to count new ones: then there is room for the run.
             self.grow(storage).await?;
             return Ok(None);
         }

@@ -79,7 +79,7 @@ impl Allocator {
         cluster.next_multiple_of((PAGE_BYTES >> self.geometry.cluster_bits()).max(1))
     }
 
-    /// Makes the file longer by `clusters`, with blocks that count only themselves.
+    /// Makes the file longer by `clusters`, with blocks that count only themselves and each other.
     pub(super) async fn add_clusters<S: Storage>(
         &self,
         storage: &S,
@@ -92,7 +92,12 @@ impl Allocator {
         storage
             .reserve(self.file, self.offset(clusters.start).get(), len)
             .await;
-        let written = self.write_blocks(storage, new_blocks, &[]).await;
+        // One may live where another one counts.
+        let own: Vec<_> = new_blocks
+            .iter()
+            .map(|new| new.cluster..new.cluster + 1)
+            .collect();
+        let written = self.write_blocks(storage, new_blocks, &own).await;
         let mut state = lock(&self.state);
         let state = &mut *state;
         if written.is_err() && self.can_grow {
@@ -104,7 +109,7 @@ impl Allocator {
         }
         written?;
         for new in new_blocks {
-            let bytes = self.new_block_bytes(*new, &[]);
+            let bytes = self.new_block_bytes(*new, &own);
             state
                 .blocks
                 .add_unnamed(new.block, self.offset(new.cluster).get(), bytes);
@@ -173,13 +178,12 @@ impl Allocator {
             .map_err(|error| Error::io("cannot extend the image", error))
     }
 
-    /// A block that counts itself, and what else of `counted` it covers.
+    /// A block that counts what of `counted` it covers.
     fn new_block_bytes(&self, new: NewBlock, counted: &[Range<u64>]) -> Box<[u8]> {
         let entries = self.geometry.refcount_block_entries();
         let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
         let mut bytes = vec![0; len].into_boxed_slice();
-        let own = new.cluster..new.cluster + 1;
-        for range in std::iter::once(&own).chain(counted) {
+        for range in counted {
             let covered = new.block * entries..(new.block + 1) * entries;
             for cluster in range.start.max(covered.start)..range.end.min(covered.end) {
                 let index = usize::try_from(cluster % entries).unwrap_or(0);

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use super::table::{Table, info};
-use super::{NewSnapshot, Root, Selector, SnapshotInfo, Task};
+use super::{NewSnapshot, Root, SNAPSHOT_NAME_BYTES_MAX, Selector, SnapshotInfo, Task};
 use crate::engine::active::Dropped;
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::engine::order::keeps;
@@ -312,6 +312,12 @@ impl<S: Storage> Worker<S> {
             if name.is_empty() {
                 return Err(Error::new(ErrorKind::Invalid, "a snapshot needs a name"));
             }
+            if name.len() > SNAPSHOT_NAME_BYTES_MAX {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!("a snapshot's name has at most {SNAPSHOT_NAME_BYTES_MAX} bytes"),
+                ));
+            }
             if name.contains('\0') {
                 return Err(Error::new(
                     ErrorKind::Invalid,
@@ -334,13 +340,22 @@ impl<S: Storage> Worker<S> {
         let deleted = target.active.snapshots.deleted();
         let present = table.len() + deleted;
         if (present + to_u64(new.len())).saturating_add(1) > most {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "refcounts of {bits} bits have no room for more than {present} snapshots; \
-                     delete one first, or use an image with wider refcounts"
+            let text = match (present, deleted) {
+                (0, _) => format!(
+                    "{bits}-bit refcounts have no room for so many snapshots; use an image with \
+                     wider refcounts"
                 ),
-            ));
+                (_, 0) => format!(
+                    "{bits}-bit refcounts have no room for more than {present} snapshots; delete \
+                     one first, or use an image with wider refcounts"
+                ),
+                _ => format!(
+                    "{bits}-bit refcounts have no room for more than {present} snapshots; \
+                     {deleted} of them are deleted already, try again when the background work of \
+                     that is done"
+                ),
+            };
+            return Err(Error::new(ErrorKind::Unsupported, text));
         }
         let new = to_u64(new.len());
         self.check_room(target, new, present + new + 1).await
@@ -352,11 +367,10 @@ impl<S: Storage> Worker<S> {
         table: &Table,
         new: &[NewSnapshot],
     ) -> Vec<SnapshotEntry> {
-        let first_id = table.next_id();
         let disk_size = self.disk_size(target);
         let l1_size = u32::try_from(target.mapping.l1.len()).unwrap_or(u32::MAX);
         new.iter()
-            .zip(first_id..)
+            .zip(table.new_ids(new.len()))
             .map(|(snapshot, id)| SnapshotEntry {
                 l1_offset: HostOffset::ZERO,
                 l1_size,

@@ -45,6 +45,10 @@ pub(crate) use self::rebuild::Rebuild;
 pub use self::revert::revert;
 pub(crate) use self::table::Table;
 
+/// The longest name that QEMU's tools can pick a snapshot by, in bytes. Images of others may hold
+/// longer ones.
+pub const SNAPSHOT_NAME_BYTES_MAX: usize = 255;
+
 /// An internal snapshot, as people and clients see it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SnapshotInfo {
@@ -71,7 +75,7 @@ pub struct SnapshotInfo {
 /// What a new snapshot is called.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NewSnapshot {
-    /// Its name: not empty, and not taken.
+    /// Its name: not empty, not taken, at most [`SNAPSHOT_NAME_BYTES_MAX`] bytes.
     pub name: String,
     /// Seconds since the epoch.
     pub date_sec: u32,

@@ -1,5 +1,7 @@
 //! The snapshot table in memory, and what people see of it.
 
+use std::collections::BTreeSet;
+
 use super::{Selector, SnapshotInfo};
 use crate::engine::error::{Error, ErrorKind};
 use crate::format::snapshot::{SnapshotEntry, encode_table};
@@ -55,20 +57,23 @@ impl Table {
             .any(|entry| entry.name == name.as_bytes())
     }
 
-    /// One more than the highest decimal id.
-    pub(crate) fn next_id(&self) -> u64 {
+    /// Ids for so many new snapshots: those that follow the highest decimal id, as QEMU has it. An
+    /// image may have given the highest of all already; then the lowest that are free.
+    pub(crate) fn new_ids(&self, count: usize) -> Vec<u64> {
         let decimal = |entry: &SnapshotEntry| {
             std::str::from_utf8(&entry.id)
                 .ok()
                 .and_then(|id| id.parse::<u64>().ok())
         };
-        self.entries
-            .iter()
-            .chain(&self.pending)
-            .filter_map(decimal)
-            .max()
-            .unwrap_or(0)
-            .saturating_add(1)
+        let entries = self.entries.iter().chain(&self.pending);
+        let taken: BTreeSet<u64> = entries.filter_map(decimal).collect();
+        let highest = taken.last().copied().unwrap_or(0);
+        let room = u64::MAX - highest;
+        if room > to_u64(count) {
+            return (highest + 1..).take(count).collect();
+        }
+        let free = (1..).filter(|id| !taken.contains(id));
+        free.take(count).collect()
     }
 
     /// Snapshots in all.
@@ -129,7 +134,37 @@ mod tests {
         assert_eq!(by(Some("3"), Some("a")), Some(2));
         assert_eq!(by(Some("7"), Some("b")), None);
         assert_eq!(by(None, None), None);
-        assert_eq!(table.next_id(), 8);
         assert!(table.has_name("b") && !table.has_name("7"));
+    }
+
+    fn with_ids(ids: &[&str]) -> Table {
+        Table {
+            entries: ids.iter().map(|id| entry(id, "a")).collect(),
+            ..Table::default()
+        }
+    }
+
+    #[test]
+    fn new_ids_follow_the_highest_number() {
+        assert_eq!(with_ids(&[]).new_ids(2), [1, 2]);
+        assert_eq!(with_ids(&["7", "x", "", "3"]).new_ids(2), [8, 9]);
+        assert_eq!(with_ids(&["007", "-9"]).new_ids(1), [8]);
+        assert_eq!(with_ids(&["99999999999999999999"]).new_ids(1), [1]);
+    }
+
+    /// The id after the highest of all was an overflow, at the word of an image.
+    #[test]
+    fn behind_the_highest_id_of_all_come_the_lowest_that_are_free() {
+        let highest = u64::MAX.to_string();
+        let last_but_one = (u64::MAX - 1).to_string();
+        assert_eq!(with_ids(&[&highest]).new_ids(2), [1, 2]);
+        assert_eq!(with_ids(&["2", &highest, "1"]).new_ids(2), [3, 4]);
+        assert_eq!(with_ids(&[&last_but_one]).new_ids(1), [1]);
+        let third = u64::MAX - 3;
+        assert_eq!(
+            with_ids(&[&third.to_string()]).new_ids(2),
+            [third + 1, third + 2]
+        );
+        assert_eq!(with_ids(&[&third.to_string()]).new_ids(3), [1, 2, 3]);
     }
 }

@@ -3,7 +3,7 @@
 
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
-use crate::engine::{BackgroundKind, ErrorKind, OpenOptions, Step};
+use crate::engine::{BackgroundKind, ErrorKind, NewSnapshot, OpenOptions, Step};
 use crate::format::{Header, refcount};
 use crate::storage::sim::{OpKind, yield_now};
 
@@ -348,6 +348,79 @@ fn a_taken_cluster_is_owned_again_only_after_it_is_given_back() {
         assert!(reader.is_in_place(8, 8));
         done(rig);
     }
+}
+
+/// The engine took any name, and only the control socket knew the limit: an image could get two
+/// snapshots that are one to QEMU's tools, which cut names off.
+#[test]
+fn a_name_that_qemu_cannot_pick_is_refused() {
+    let mut rig = opened(Recipe::plain(12, 1 << 20));
+    let client = rig.worker();
+    rig.block_on(async move {
+        let longest = "x".repeat(255);
+        client.snapshot(&longest).await.expect("255 bytes");
+        for name in ["", "a\0b", &"x".repeat(256), &"\u{e9}".repeat(128)] {
+            let refused = client.snapshot(name).await.expect_err("no name");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{name}");
+        }
+        client.settle().await;
+    });
+    done(rig);
+}
+
+/// A snapshot table that takes more clusters than a refcount block counts: the file grows by the table
+/// and by new blocks behind it, one of which lay where another one counts, and nobody counted it.
+#[test]
+fn a_table_across_several_new_refcount_blocks_leaves_all_of_them_counted() {
+    // 64 clusters to a block.
+    let recipe = Recipe {
+        refcount_order: 6,
+        ..Recipe::plain(9, 64 << 10)
+    };
+    for count in [60, 150, 250, 400] {
+        let mut rig = opened(recipe);
+        let client = rig.worker();
+        rig.block_on(async move {
+            let new: Vec<_> = (0..count)
+                .map(|number| NewSnapshot {
+                    name: format!("{number:0255}"),
+                    date_sec: 0,
+                    date_nsec: 0,
+                    vm_clock_nsec: 0,
+                })
+                .collect();
+            let created = client.worker.create_snapshots(&new).await;
+            assert_eq!(created.expect("snapshots").len(), count);
+            client.settle().await;
+        });
+        let judged = rig.close().and_then(|()| rig.judge_closed());
+        judged.unwrap_or_else(|violation| panic!("{count} snapshots: {violation}"));
+    }
+}
+
+/// Refcounts of 2 bits have room for two snapshots. Who has deleted one and comes too early was told
+/// to delete one.
+#[test]
+fn a_refusal_for_want_of_room_says_what_makes_room() {
+    let recipe = Recipe {
+        refcount_order: 1,
+        ..Recipe::plain(12, 1 << 20)
+    };
+    let mut rig = opened(recipe);
+    let client = rig.worker();
+    rig.block_on(async move {
+        client.snapshot("a").await.expect("a snapshot");
+        client.snapshot("b").await.expect("a snapshot");
+        let full = client.snapshot("c").await.expect_err("no room");
+        assert!(full.to_string().contains("delete one first"), "{full}");
+        client.delete("a").await.expect("a delete");
+        let early = client.snapshot("c").await.expect_err("no room yet");
+        assert!(early.to_string().contains("try again"), "{early}");
+        client.settle().await;
+        client.snapshot("c").await.expect("room");
+        client.settle().await;
+    });
+    done(rig);
 }
 
 /// Refcounts of 4 bits and five compressed clusters in one host cluster: the third snapshot would
