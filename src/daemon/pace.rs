@@ -1,11 +1,15 @@
 //! How fast background work goes on: politely while the guest is busy, at full speed while it is not.
 //!
 //! Pure: times and counters are handed in. After each piece of work the settler pauses for a
-//! *factor* times what the work took. The factor follows from the guest's mean latency: what it is
-//! during the work must stay within twice the *reference*, which is what it was before there was any
-//! work, or what it is in the pauses now if that is more. (After a snapshot the guest's writes copy
-//! clusters, whatever the settler does: going slower would not help them.) Without requests there is
-//! nobody to be polite to.
+//! *factor* times what the work took. Two things raise it, and the higher one counts:
+//!
+//! - The guest's mean latency during the work must stay within twice the *reference*, which is what it
+//!   was before there was any work, or what it is in the pauses now if that is more. (After a snapshot
+//!   the guest's writes copy clusters, whatever the settler does: going slower would not help them.)
+//! - The guest must not lose more than [`LOSS_MAX`] of the requests that it gets done a second: the
+//!   rates during work and in pauses say how much it loses while there is work.
+//!
+//! Without requests there is nobody to be polite to.
 
 use std::time::Duration;
 
@@ -34,6 +38,12 @@ impl Load {
     fn mean_ns(self) -> Option<u64> {
         (self.requests >= SAMPLE_MIN).then(|| self.total_ns / self.requests)
     }
+
+    /// Requests a second, if they came in such a time.
+    fn rate(self, time: Duration) -> f64 {
+        let requests = u32::try_from(self.requests).unwrap_or(u32::MAX);
+        f64::from(requests) / time.as_secs_f64().max(f64::MIN_POSITIVE)
+    }
 }
 
 /// Requests that make a mean.
@@ -43,13 +53,22 @@ const WINDOW: Duration = Duration::from_millis(50);
 /// The first factor above zero, and the last.
 const FACTOR_MIN: f64 = 0.5;
 const FACTOR_MAX: f64 = 50.0;
+/// How much of its rate a guest may lose. Less than a fifth, since what is measured is noisy.
+const LOSS_MAX: f64 = 0.15;
+/// The factor that a busy guest gets before anything is known, and the least that it ever gets: rates in
+/// pauses must be known.
+const FACTOR_BUSY: f64 = 1.0;
+const FACTOR_PROBE: f64 = 0.1;
 /// The longest pause: the work goes on, and the guest's idleness is noticed.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// The pace of one settler.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
+    /// What the guest's latency asks for.
     factor: f64,
+    /// What the guest's rate asks for.
+    rate_factor: f64,
     /// Counters when the last work ended, or at start.
     idle_since: Load,
     /// Mean latency before the work.
@@ -60,6 +79,9 @@ pub(super) struct Pace {
     resting: Load,
     /// Length of the present window so far.
     window: Duration,
+    /// How long work took in it, and for how long pauses were looked at.
+    worked: Duration,
+    rested: Duration,
 }
 
 impl Pace {
@@ -72,6 +94,10 @@ impl Pace {
     pub(super) fn begin(&mut self, now: Load) {
         self.before_ns = now.since(self.idle_since).mean_ns();
         self.factor = 0.0;
+        self.rate_factor = match self.before_ns {
+            Some(_) => FACTOR_BUSY,
+            None => 0.0,
+        };
         self.start_window();
     }
 
@@ -79,17 +105,20 @@ impl Pace {
     pub(super) fn worked(&mut self, took: Duration, from: Load, to: Load) -> Duration {
         self.working.add(to.since(from));
         self.window += took;
+        self.worked += took;
         if self.window >= WINDOW {
             self.adapt();
         }
-        took.mul_f64(self.factor).min(PAUSE_MAX)
+        took.mul_f64(self.factor.max(self.rate_factor))
+            .min(PAUSE_MAX)
     }
 
-    /// A pause took so long; its later part was between these readings. What the guest asked for
+    /// A pause took so long; its later half was between these readings. What the guest asked for
     /// during the work is still on its way in the first part.
     pub(super) fn rested(&mut self, took: Duration, from: Load, to: Load) {
         self.resting.add(to.since(from));
         self.window += took;
+        self.rested += took / 2;
     }
 
     fn adapt(&mut self) {
@@ -111,13 +140,28 @@ impl Pace {
                 }
             }
         };
+        self.rate_factor = self.factor_of_rates();
         self.start_window();
+    }
+
+    /// With this factor the guest loses [`LOSS_MAX`] of its rate in pauses.
+    fn factor_of_rates(&self) -> f64 {
+        if self.working.requests + self.resting.requests < SAMPLE_MIN {
+            return 0.0;
+        }
+        if self.resting.requests < SAMPLE_MIN {
+            return self.rate_factor.max(FACTOR_PROBE);
+        }
+        let lost = 1.0 - self.working.rate(self.worked) / self.resting.rate(self.rested);
+        (lost / LOSS_MAX - 1.0).clamp(FACTOR_PROBE, FACTOR_MAX)
     }
 
     fn start_window(&mut self) {
         self.working = Load::default();
         self.resting = Load::default();
         self.window = Duration::ZERO;
+        self.worked = Duration::ZERO;
+        self.rested = Duration::ZERO;
     }
 }
 
@@ -134,18 +178,24 @@ mod tests {
 
     const STEP: Duration = Duration::from_millis(5);
 
-    /// A guest whose latency is known in work and in pauses.
+    /// A guest whose rate and latency are known in work and in pauses.
     struct Guest {
         now: Load,
-        per_ms: u64,
+        working_per_ms: u64,
+        resting_per_ms: u64,
         working_ns: u64,
         resting_ns: u64,
     }
 
     impl Guest {
-        fn go_on(&mut self, time: Duration, latency_ns: u64) -> (Load, Load) {
+        fn go_on(&mut self, time: Duration, working: bool) -> (Load, Load) {
+            let (per_ms, latency_ns) = if working {
+                (self.working_per_ms, self.working_ns)
+            } else {
+                (self.resting_per_ms, self.resting_ns)
+            };
             let from = self.now;
-            let requests = u64::try_from(time.as_micros()).unwrap() * self.per_ms / 1000;
+            let requests = u64::try_from(time.as_micros()).unwrap() * per_ms / 1000;
             self.now.add(Load {
                 requests,
                 total_ns: requests * latency_ns,
@@ -158,9 +208,10 @@ mod tests {
             pace.begin(self.now);
             let (mut worked, mut rested) = (Duration::ZERO, Duration::ZERO);
             for step in 0..2000 {
-                let (from, to) = self.go_on(STEP, self.working_ns);
+                let (from, to) = self.go_on(STEP, true);
                 let pause = pace.worked(STEP, from, to);
-                let (from, to) = self.go_on(pause, self.resting_ns);
+                self.go_on(pause / 2, false);
+                let (from, to) = self.go_on(pause / 2, false);
                 pace.rested(pause, from, to);
                 if step >= 1000 {
                     worked += STEP;
@@ -174,7 +225,8 @@ mod tests {
     fn guest(per_ms: u64, working_ns: u64, resting_ns: u64) -> Guest {
         Guest {
             now: Load::default(),
-            per_ms,
+            working_per_ms: per_ms,
+            resting_per_ms: per_ms,
             working_ns,
             resting_ns,
         }
@@ -187,27 +239,56 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_notices_nothing_costs_no_pause() {
+    fn a_guest_that_notices_nothing_costs_next_to_no_pause() {
         let mut pace = Pace::default();
         let mut guest = guest(20, 110_000, 100_000);
-        guest.go_on(Duration::from_secs(1), 100_000);
-        assert_eq!(guest.duty(&mut pace), 1.0);
+        guest.go_on(Duration::from_secs(1), false);
+        let duty = guest.duty(&mut pace);
+        assert!(duty > 0.9, "{duty}");
     }
 
     #[test]
     fn work_that_doubles_the_latency_gets_a_small_share() {
         let mut pace = Pace::default();
         let mut guest = guest(20, 500_000, 100_000);
-        guest.go_on(Duration::from_secs(1), 100_000);
+        guest.go_on(Duration::from_secs(1), false);
         let duty = guest.duty(&mut pace);
         assert!((0.015..0.1).contains(&duty), "{duty}");
+    }
+
+    /// A fixed number of requests in flight: what costs latency costs rate. It keeps 0.85 of it.
+    #[test]
+    fn a_guest_keeps_most_of_its_rate() {
+        for (working_per_ms, working_ns) in [(60, 167_000), (70, 143_000), (80, 125_000)] {
+            let mut pace = Pace::default();
+            let mut guest = Guest {
+                working_per_ms,
+                resting_per_ms: 100,
+                ..guest(0, working_ns, 100_000)
+            };
+            guest.go_on(Duration::from_secs(1), false);
+            let duty = guest.duty(&mut pace);
+            let share = f64::from(u32::try_from(working_per_ms).unwrap()) / 100.0;
+            let kept = duty * share + (1.0 - duty);
+            assert!((0.84..0.86).contains(&kept), "{kept} at {share}");
+        }
+    }
+
+    #[test]
+    fn a_busy_guest_gets_pauses_from_the_first_piece_of_work_on() {
+        let mut pace = Pace::default();
+        let mut guest = guest(100, 100_000, 100_000);
+        guest.go_on(Duration::from_secs(1), false);
+        pace.begin(guest.now);
+        let (from, to) = guest.go_on(STEP, true);
+        assert_eq!(pace.worked(STEP, from, to), STEP);
     }
 
     #[test]
     fn latency_that_pauses_do_not_cure_slows_nothing_down() {
         let mut pace = Pace::default();
         let mut guest = guest(20, 900_000, 800_000);
-        guest.go_on(Duration::from_secs(1), 100_000);
+        guest.go_on(Duration::from_secs(1), false);
         let duty = guest.duty(&mut pace);
         assert!(duty > 0.6, "{duty}");
     }

@@ -133,11 +133,6 @@ impl<S: Storage> Worker<S> {
         let from_again = indices.is_empty();
         if from_again {
             if reown.again.is_empty() {
-                if reown.modified > 0 {
-                    // What is modified cannot go.
-                    self.flush().await?;
-                    reown.modified = 0;
-                }
                 self.forget(reown);
                 return Ok(None);
             }
