@@ -445,6 +445,10 @@ pub struct SnapshotRevertArgs {
     /// Where the snapshots are.
     #[command(flatten)]
     pub target: SnapshotTargetArgs,
+
+    /// Wait until the references are counted anew (with --blk-file they always are)
+    #[arg(long)]
+    pub wait: bool,
 }
 
 /// `--format`, `--backing-format`.

@@ -312,6 +312,8 @@ pub enum SnapshotAction {
     Revert {
         /// Which one.
         which: SnapshotName,
+        /// Stay until the background work is done.
+        wait: bool,
     },
 }
 
@@ -660,8 +662,8 @@ fn snapshot(command: SnapshotCommand) -> Result<SnapshotConfig, ConfigError> {
         }
         SnapshotCommand::List(args) => (args.target, SnapshotAction::List { json: args.json }),
         SnapshotCommand::Revert(args) => {
-            let which = snapshot_name(args.which)?;
-            (args.target, SnapshotAction::Revert { which })
+            let (which, wait) = (snapshot_name(args.which)?, args.wait);
+            (args.target, SnapshotAction::Revert { which, wait })
         }
         SnapshotCommand::Delete(args) => {
             let (which, wait) = (snapshot_name(args.which)?, args.wait);

@@ -358,7 +358,9 @@ impl MainLoop {
                         background.finish();
                     }
                     token::SIGNAL => self.on_signal(served, background, control)?,
-                    token::IMAGE_EVENT => self.on_image_event(served.config, control),
+                    token::IMAGE_EVENT => {
+                        self.on_image_event(&served.config.disk.id, background, control);
+                    }
                     token::SETTLER => self.on_news(served, background, control),
                     token => {
                         if let Some(control) = control.filter(|control| control.owns(token)) {
@@ -466,13 +468,19 @@ impl MainLoop {
         served.server.stop();
     }
 
-    fn on_image_event(&mut self, config: &ServeConfig, control: Option<&mut ControlServer>) {
+    fn on_image_event(
+        &mut self,
+        device: &str,
+        background: &Background,
+        control: Option<&mut ControlServer>,
+    ) {
         let mut bytes = [0; 64];
         // Only a wake-up; the events are in the queue.
         let _ = self.event_reader.read(&mut bytes);
         let Some(control) = control else { return };
+        let node = &background.chain().nodes[0].name;
         for event in self.events.try_iter() {
-            control.emit(&report::event(&config.disk.id, event));
+            control.emit(&report::event(device, node, event));
         }
     }
 }

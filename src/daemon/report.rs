@@ -226,12 +226,12 @@ fn histogram(buckets: &[u64; LATENCY_BUCKETS]) -> LatencyHistogram {
     }
 }
 
-/// An image's event in the words of the control socket.
-pub(super) fn event(device: &str, event: ImageEvent) -> Event {
+/// An image's event in the words of the control socket. `node` is the name of the active node.
+pub(super) fn event(device: &str, node: &str, event: ImageEvent) -> Event {
     let io_error = |operation, nospace, reason| Event::BlockIoError {
         qom_path: String::new(),
         device: device.to_owned(),
-        node_name: device.to_owned(),
+        node_name: node.to_owned(),
         operation,
         action: IoErrorAction::Report,
         nospace,
@@ -240,7 +240,7 @@ pub(super) fn event(device: &str, event: ImageEvent) -> Event {
     match event {
         ImageEvent::Corrupted { message: msg } => Event::BlockImageCorrupted {
             device: device.to_owned(),
-            node_name: device.to_owned(),
+            node_name: node.to_owned(),
             msg,
             offset: None,
             size: None,
@@ -287,17 +287,23 @@ mod tests {
             message: "full".to_owned(),
         };
         let Event::BlockIoError {
-            operation, nospace, ..
-        } = event("disk0", failed)
+            operation,
+            nospace,
+            device,
+            node_name,
+            ..
+        } = event("disk0", "top", failed)
         else {
             panic!("not an I/O error");
         };
         assert_eq!((operation, nospace), (IoOperation::Write, true));
+        // After an external snapshot the device has a node of another name.
+        assert_eq!((&*device, &*node_name), ("disk0", "top"));
         let corrupted = ImageEvent::Corrupted {
             message: "bad".to_owned(),
         };
         assert!(matches!(
-            event("disk0", corrupted),
+            event("disk0", "top", corrupted),
             Event::BlockImageCorrupted { fatal: true, .. }
         ));
     }

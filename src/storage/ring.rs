@@ -70,12 +70,13 @@ pub enum RingError {
     #[error(
         "io_uring is not allowed here: check the sysctl kernel.io_uring_disabled (0 allows it, 1 \
          only for the group in kernel.io_uring_group and with CAP_SYS_ADMIN) and the seccomp policy \
-         of the container"
+         of the container; qblkd needs Linux 5.19 or later"
     )]
     Disabled(#[source] io::Error),
     /// The kernel has none.
     #[error(
-        "this kernel has no io_uring, or a seccomp policy hides it; qblkd needs Linux 5.19 or later"
+        "this kernel has no io_uring, or a seccomp policy hides it; qblkd needs Linux 5.19 or later, \
+         with the sysctl kernel.io_uring_disabled at 0"
     )]
     Missing(#[source] io::Error),
     /// The kernel's is too old.
@@ -1162,10 +1163,10 @@ mod tests {
             let error = io::Error::from_raw_os_error(errno);
             RingError::from_setup(error).to_string()
         };
-        for errno in [libc::EPERM, libc::EACCES] {
+        for errno in [libc::EPERM, libc::EACCES, libc::ENOSYS] {
             assert!(said(errno).contains("sysctl kernel.io_uring_disabled"));
         }
-        for errno in [libc::ENOSYS, libc::EINVAL] {
+        for errno in [libc::EPERM, libc::EACCES, libc::ENOSYS, libc::EINVAL] {
             assert!(said(errno).contains("needs Linux 5.19 or later"));
         }
         assert_eq!(said(libc::ENOMEM), "cannot create an io_uring");

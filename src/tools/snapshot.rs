@@ -190,23 +190,24 @@ fn online(socket: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<S
         SnapshotAction::Create { name, wait } => {
             let arguments = json!({ "device": device.name, "name": name });
             client.execute("blockdev-snapshot-internal-sync", &arguments)?;
-            wait.then(|| ("settle-", name.clone()))
+            wait.then(|| ("settle-", Some(name.clone())))
         }
         SnapshotAction::Delete { which, wait } => {
             let snapshot = select(&device.snapshots, which)?;
             let arguments = naming(&device.name, snapshot);
             client.execute("blockdev-snapshot-delete-internal-sync", &arguments)?;
-            wait.then(|| ("delete-", snapshot.name.clone()))
+            wait.then(|| ("delete-", Some(snapshot.name.clone())))
         }
-        SnapshotAction::Revert { which } => {
+        SnapshotAction::Revert { which, wait } => {
             let snapshot = select(&device.snapshots, which)?;
             let arguments = naming(&device.name, snapshot);
             client.execute("x-qblkd-snapshot-revert", &arguments)?;
-            None
+            // That job is about the whole image.
+            wait.then_some(("rebuild-", None))
         }
     };
     if let Some((kind, name)) = job {
-        client.follow(kind, &name, bar)?;
+        client.follow(kind, name.as_deref(), bar)?;
     }
     Ok(String::new())
 }
@@ -313,15 +314,15 @@ impl Client {
         }
     }
 
-    /// Waits for the jobs of this kind about the snapshot of this name, the ones before them
-    /// included.
-    fn follow(&mut self, kind: &str, name: &str, bar: &ProgressBar) -> Result<(), Error> {
+    /// Waits for the jobs of this kind about the snapshot of this name, or about none, the ones before
+    /// them included.
+    fn follow(&mut self, kind: &str, name: Option<&str>, bar: &ProgressBar) -> Result<(), Error> {
         loop {
             let jobs = self.execute("query-jobs", &json!({}))?;
             let jobs = jobs.as_array().map_or(&[][..], Vec::as_slice);
             let is_ours = |job: &&Value| {
                 job["id"].as_str().is_some_and(|id| id.starts_with(kind))
-                    && job["x-qblkd"]["snapshot-name"] == name
+                    && job["x-qblkd"]["snapshot-name"].as_str() == name
             };
             // The last: an earlier one of the same name is not ours.
             let Some(job) = jobs.iter().rfind(is_ours) else {
@@ -378,7 +379,7 @@ fn refusal(error: &Value) -> Error {
 fn message(kind: &str) -> &'static str {
     match kind {
         "delete-" => "giving space back",
-        "revert" => "checking reference counts",
+        "rebuild-" => "counting all references anew",
         _ => "counting references",
     }
 }
@@ -442,7 +443,7 @@ fn offline(path: &Path, action: &SnapshotAction, bar: &ProgressBar) -> Result<St
             let image = lock_image(path, false)?.open()?;
             Ok(show(&image.snapshots(), *json))
         }
-        SnapshotAction::Revert { which } => go_back(path, which, bar),
+        SnapshotAction::Revert { which, .. } => go_back(path, which, bar),
         SnapshotAction::Create { name, .. } => {
             let now = SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -492,7 +493,7 @@ fn go_back(path: &Path, which: &SnapshotName, bar: &ProgressBar) -> Result<Strin
     };
     block_on(revert(storage, FileId(0), &selector))?;
     // What the revert has left to be counted is counted now.
-    change(locked, bar, "revert", async |_| Ok(()))
+    change(locked, bar, "rebuild-", async |_| Ok(()))
 }
 
 /// Changes an image, does the background work of that, and closes the image. After an error it is

@@ -64,6 +64,7 @@ fn help_names_every_tool_and_leaves_with_success() {
         "create",
         "info",
         "check",
+        "snapshot",
         "--socket-path",
         "Exit status",
     ]
@@ -84,11 +85,13 @@ fn help_of_the_server_names_every_option() {
         "print-capabilities",
         "blk-file",
         "read-only",
+        "snapshot",
         "format",
         "cache",
         "discard",
         "locking",
         "backing-dir",
+        "snapshot-dir",
         "l2-cache-size",
         "l2-cache-entry-size",
         "refcount-cache-size",
@@ -111,7 +114,7 @@ fn help_of_the_server_names_every_option() {
 
 #[test]
 fn help_of_each_tool_leaves_with_success() {
-    for tool in ["create", "info", "check"] {
+    for tool in ["create", "info", "check", "snapshot"] {
         let help = qblkd(&[tool, "--help"]).success().unwrap().stdout;
         assert!(help.contains("Usage"), "{tool}: {help}");
     }

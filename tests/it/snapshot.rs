@@ -834,7 +834,9 @@ fn a_served_disk_goes_back_while_no_queue_runs() -> Result<(), Failure> {
     drop(driver);
     // There and back, with a snapshot of what was there.
     for (name, byte) in [("one", 0x11), ("three", 0x33), ("two", 0x22)] {
-        scratch.tool(true, &["revert", name])?.success()?;
+        scratch.tool(true, &["revert", name, "--wait"])?.success()?;
+        let jobs = execute(&mut client, "query-jobs", &json!({}))?;
+        assert_eq!(jobs, json!([]), "{name}");
         let mut driver = Driver::connect(&server.socket)?;
         assert_eq!(driver.request(IN, 0, 4096, WRITE)?, OK);
         assert_eq!(driver.get::<u8>(DATA)?, byte, "{name}");
