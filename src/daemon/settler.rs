@@ -386,6 +386,7 @@ impl Settling<'_> {
             Ok(Step::Progress { bytes }) => {
                 let took = start.elapsed();
                 let polite = self.pace.worked(took, from, (self.meter)());
+                debug!("a step took {took:?}, then a pause of {polite:?}");
                 Next::Work {
                     bytes,
                     took,
