@@ -57,6 +57,9 @@ pub(crate) use self::blocks::{BlockCopy, TableWrite};
 const FREED_BY_REQUEST: usize = 16;
 /// Holes that are punched at a time.
 const PUNCHED_AT_ONCE: usize = 8;
+/// Bytes of one hole: the host's kernel keeps all other requests to the file waiting while it frees the
+/// pages of one (40 ms were seen for the L2 tables of a deleted snapshot of 2 TiB, 256 MiB).
+const PUNCHED_BYTES_MAX: u64 = 4 << 20;
 /// Blocks that one allocation looks through before it makes the file longer instead: what is free in
 /// the others is found by later ones, and no request waits for work that grows with the image.
 const SCANS_MAX: u32 = 4;
@@ -106,7 +109,7 @@ pub(crate) struct AllocatorParts {
 }
 
 /// Clusters without references that may still be in use.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Quarantined {
     /// Pins up to here may use them.
     epoch: u64,
@@ -517,13 +520,23 @@ impl Allocator {
         freed > 0
     }
 
-    /// The oldest run, if no request can use it any more.
+    /// The oldest run, if no request can use it any more; of a long one the first part.
     fn take_reclaimable(&self, quarantine: &mut VecDeque<Quarantined>) -> Option<Quarantined> {
-        let front = quarantine.front()?;
+        let front = quarantine.front_mut()?;
         if front.epoch >= self.board.oldest() && keeps!(PinBeforeReuse) {
             return None;
         }
-        quarantine.pop_front()
+        let most = (PUNCHED_BYTES_MAX >> self.geometry.cluster_bits()).max(1);
+        if front.count <= most {
+            return quarantine.pop_front();
+        }
+        let part = Quarantined {
+            count: most,
+            ..*front
+        };
+        front.start += most;
+        front.count -= most;
+        Some(part)
     }
 
     async fn free<S: Storage>(&self, storage: &S, run: Quarantined) {

@@ -671,6 +671,26 @@ fn a_flush_leaves_most_of_what_was_discarded_to_the_background() {
 }
 
 #[test]
+fn no_hole_is_long() {
+    let recipe = Recipe {
+        fill: data,
+        ..Recipe::plain(16, 16 << 20)
+    };
+    let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
+    let client = rig.worker();
+    rig.disk
+        .hold(|op| op.kind == OpKind::Punch && op.len > 4 << 20);
+    let discard = async move {
+        client.discard(0, 32 << 10).await?;
+        client.flush().await
+    };
+    rig.act(discard).expect("short holes").expect("discarded");
+    let active = rig.image().active.as_ref().expect("writable");
+    assert!(!active.allocator.has_due());
+    rig.finish().expect("clean");
+}
+
+#[test]
 fn a_guest_that_never_flushes_gets_its_clusters_back() {
     let fill = |_| Fill::Data;
     let recipe = Recipe {
