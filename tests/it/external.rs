@@ -302,6 +302,7 @@ const STREAMS: u64 = 8;
 /// Where the counters of the second queue begin, in sectors.
 const SECOND: u64 = 4096;
 const PREFIX_SNAPSHOTS: usize = 12;
+const INTERNAL_SNAPSHOTS: usize = 200;
 
 /// A sector's worth of a counter.
 fn stamp(count: u64) -> Vec<u8> {
@@ -337,14 +338,83 @@ fn every_backing_file_is_a_prefix_of_what_was_written() -> Result<(), Failure> {
         written
     })?;
     assert_eq!(server.terminate()?.code()?, 0);
-    let mut last = vec![0; usize::try_from(STREAMS)?];
-    let mut grown = 0;
+    let mut counters = Counters::new();
     for file in &files {
         let raw = scene.path("content.raw");
         let mut convert = Command::new("qemu-img");
         convert.args(["convert", "-O", "raw"]).arg(file).arg(&raw);
         run_command(&mut convert, LIMIT)?.success()?;
-        let content = fs::File::open(&raw)?;
+        counters.judge(&raw)?;
+    }
+    counters.end(&written)
+}
+
+/// The same of internal snapshots, all of one file.
+#[test]
+fn every_internal_snapshot_is_a_prefix_of_what_was_written() -> Result<(), Failure> {
+    if !have_tools(
+        "every_internal_snapshot_is_a_prefix_of_what_was_written",
+        TOOLS,
+    ) {
+        return Ok(());
+    }
+    let scene = Scene::new("cluster_size=64k", &[])?;
+    let server = scene.serve(&scene.image)?;
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let written = thread::scope(|scope| {
+        let writer = scope.spawn(|| write_counters(&server.socket, &stop));
+        let snapshots = || -> Result<(), Failure> {
+            let mut client = scene.client()?;
+            wait_for_writes(&mut client, 2 * STREAMS)?;
+            for number in 0..INTERNAL_SNAPSHOTS {
+                let arguments = json!({"device": "disk0", "name": format!("s{number}")});
+                command(&mut client, "blockdev-snapshot-internal-sync", &arguments)??;
+            }
+            Ok(())
+        };
+        let taken = snapshots();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let written = writer.join().map_err(|panic| format!("{panic:?}"))?;
+        taken?;
+        written
+    })?;
+    assert_eq!(server.terminate()?.code()?, 0);
+    qemu::expect_check(&scene.image, &[CHECK_CLEAN])?;
+    let raw = scene.path("content.raw");
+    let mut counters = Counters::new();
+    let names = (0..INTERNAL_SNAPSHOTS).map(|number| Some(format!("s{number}")));
+    for name in names.chain([None]) {
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-O", "raw"]);
+        if let Some(name) = name {
+            convert.args(["-l", &format!("snapshot.name={name}")]);
+        }
+        convert.arg(&scene.image).arg(&raw);
+        run_command(&mut convert, LIMIT)?.success()?;
+        counters.judge(&raw)?;
+    }
+    counters.end(&written)
+}
+
+/// What has been read of the counters so far, image by image.
+struct Counters {
+    /// Of each stream, on the second queue.
+    last: Vec<u64>,
+    /// How often one had grown.
+    grown: u32,
+}
+
+impl Counters {
+    fn new() -> Self {
+        Self {
+            last: (0..STREAMS).map(|_| 0).collect(),
+            grown: 0,
+        }
+    }
+
+    /// No count of the second queue is missing on the first, and nothing that was there is gone.
+    fn judge(&mut self, raw: &Path) -> Result<(), Failure> {
+        let content = fs::File::open(raw)?;
         let count = |sector: u64| -> Result<u64, Failure> {
             let mut bytes = vec![0; 512];
             content.read_exact_at(&mut bytes, sector * 512)?;
@@ -352,21 +422,25 @@ fn every_backing_file_is_a_prefix_of_what_was_written() -> Result<(), Failure> {
             ensure(bytes == stamp(count), || format!("sector {sector} is torn"))?;
             Ok(count)
         };
-        for (stream, last) in (0..STREAMS).zip(&mut last) {
+        for (stream, last) in (0..STREAMS).zip(&mut self.last) {
             // A stream has a 64k cluster of its own on either side.
             let (first, second) = (count(stream * 128)?, count(SECOND + stream * 128)?);
             let ok = second <= first && first <= second + 1 && second >= *last;
-            ensure(ok, || {
-                format!("{}: {first}, {second} after {last}", file.display())
-            })?;
-            grown += u32::from(second > *last);
+            ensure(ok, || format!("{first}, {second} after {last}"))?;
+            self.grown += u32::from(second > *last);
             *last = second;
         }
+        Ok(())
     }
-    ensure(grown > 0, || "nothing was written between snapshots".into())?;
-    ensure(written == last, || {
-        format!("{written:?} were written, {last:?} are there")
-    })
+
+    /// The last image has everything.
+    fn end(self, written: &[u64]) -> Result<(), Failure> {
+        let Self { last, grown } = self;
+        ensure(grown > 0, || "nothing was written between snapshots".into())?;
+        ensure(written == last, || {
+            format!("{written:?} were written, {last:?} are there")
+        })
+    }
 }
 
 /// Returns the last count of each stream when it is told to stop.

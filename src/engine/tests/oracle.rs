@@ -148,6 +148,37 @@ pub(super) fn plans() -> Vec<Plan> {
             ..base
         },
         Plan {
+            name: "refcounts of 2 bits",
+            recipe: Recipe {
+                fill: data,
+                refcount_order: 1,
+                ..plain(10, 96 << 10)
+            },
+            // With another one there would be no count to spare.
+            snapshots: 1,
+            kept: 1,
+            ..base
+        },
+        Plan {
+            name: "refcounts of 4 bits",
+            recipe: Recipe {
+                fill: data,
+                refcount_order: 2,
+                ..plain(9, 64 << 10)
+            },
+            options: small,
+            ..base
+        },
+        Plan {
+            name: "refcounts of 32 bits",
+            recipe: Recipe {
+                fill: data,
+                refcount_order: 5,
+                ..plain(10, 96 << 10)
+            },
+            ..base
+        },
+        Plan {
             name: "version 2",
             recipe: Recipe {
                 fill: data,

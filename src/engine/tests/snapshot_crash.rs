@@ -174,6 +174,9 @@ cut_tests! {
     a_cut_with_compressed_clusters: "compressed and zero clusters",
     a_cut_with_narrow_refcounts: "narrow refcounts",
     a_cut_with_wide_refcounts: "wide refcounts",
+    a_cut_with_refcounts_of_2_bits: "refcounts of 2 bits",
+    a_cut_with_refcounts_of_4_bits: "refcounts of 4 bits",
+    a_cut_with_refcounts_of_32_bits: "refcounts of 32 bits",
     a_cut_of_version_2: "version 2",
     a_cut_of_a_device: "a device",
 }
