@@ -197,7 +197,8 @@ impl Image {
 
     /// Whom to tell that much metadata is modified, or that clusters are waiting to be freed: it should
     /// call [`Worker::write_back_in_background`] soon. Called on a worker's thread, and not again
-    /// before that. Without a sink requests and flushes do all of it themselves.
+    /// before that. Without a sink requests and flushes do it themselves, but that nobody flushes for a
+    /// guest that only drops clusters and never flushes.
     pub fn set_write_back_sink(&self, sink: impl Fn() + Send + Sync + 'static) {
         *lock(&self.write_back_sink) = Some(Box::new(sink));
         self.write_back_asked.store(false, Ordering::Release);
