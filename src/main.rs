@@ -3,13 +3,16 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use qblkd::args::Cli;
 use qblkd::config::{CAPABILITIES, Config, ServeConfig};
 use qblkd::{daemon, tools};
+use signal_hook::consts::SIGXFSZ;
 
 fn main() -> ExitCode {
+    fail_at_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -38,6 +41,12 @@ fn main() -> ExitCode {
         Ok(Config::Snapshot(config)) => tools::snapshot(&config).into(),
         Err(error) => complain(&error, None),
     }
+}
+
+/// Has a write past the limit on file sizes (`RLIMIT_FSIZE`) fail; by default its signal ends the
+/// process. Without a handler, which only a host without memory refuses, it is as it always was.
+fn fail_at_size_limit() {
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
 }
 
 fn serve(config: &ServeConfig) -> ExitCode {

@@ -3,18 +3,18 @@
 //! The layers below say what went wrong and know no options of the command line; this module knows
 //! the options. It looks at the error's causes and, without changing anything, at the image file.
 
-use std::error::Error;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
 use super::DaemonError;
 use crate::config::ServeConfig;
+use crate::engine;
 use crate::format::FormatError;
 
 /// Advice for who called the program with `config` and got `error`.
 pub fn advice(error: &DaemonError, config: &ServeConfig) -> Option<&'static str> {
-    if has_cause(error, |cause: &io::Error| {
+    if engine::Error::is_caused_by(error, |cause: &io::Error| {
         matches!(cause.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
     }) {
         return Some("raise the limit of open files (ulimit -n, or LimitNOFILE= of systemd)");
@@ -25,7 +25,7 @@ pub fn advice(error: &DaemonError, config: &ServeConfig) -> Option<&'static str>
     let is_empty = std::fs::metadata(&config.image.path)
         .is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0);
     if is_empty
-        && has_cause(error, |cause: &FormatError| {
+        && engine::Error::is_caused_by(error, |cause: &FormatError| {
             matches!(cause, FormatError::Truncated { found: 0, .. })
         })
     {
@@ -33,18 +33,6 @@ pub fn advice(error: &DaemonError, config: &ServeConfig) -> Option<&'static str>
     }
     (!config.image.read_only && can_only_be_read(&config.image.path))
         .then_some("it can be read: --read-only serves it without writing")
-}
-
-/// Whether some cause of an error is a `T` for which `test` holds.
-fn has_cause<T: Error + 'static>(error: &DaemonError, test: impl Fn(&T) -> bool) -> bool {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        if error.downcast_ref::<T>().is_some_and(&test) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
 }
 
 /// Whether the host lets us open a regular file for reading, and not for writing.

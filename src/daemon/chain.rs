@@ -212,22 +212,14 @@ fn pick_snapshot(snapshots: &[SnapshotEntry], wanted: &str) -> Result<Selector, 
 mod tests {
     use super::*;
 
-    fn entry(id: &str, name: &str) -> SnapshotEntry {
-        SnapshotEntry {
-            id: id.into(),
-            name: name.into(),
-            ..SnapshotEntry::default()
-        }
-    }
-
     /// Of several of one name the first was served.
     #[test]
     fn a_name_goes_before_an_id_and_must_be_the_only_one() {
         let list = [
-            entry("1", "2"),
-            entry("2", "x"),
-            entry("3", "y"),
-            entry("4", "y"),
+            SnapshotEntry::named("1", "2"),
+            SnapshotEntry::named("2", "x"),
+            SnapshotEntry::named("3", "y"),
+            SnapshotEntry::named("4", "y"),
         ];
         let by_name = pick_snapshot(&list, "2").unwrap();
         assert_eq!((by_name.id, by_name.name.as_deref()), (None, Some("2")));

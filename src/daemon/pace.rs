@@ -55,8 +55,9 @@ const WINDOW: Duration = Duration::from_millis(100);
 const LATENCY_MAX: f64 = 1.75;
 /// The highest factor.
 const FACTOR_MAX: f64 = 50.0;
-/// How much of its rate a guest may lose. Half of a fifth, since what is measured is noisy.
-const LOSS_MAX: f64 = 0.1;
+/// How much of the rate that it has in pauses a guest may lose. It loses more than that of what it had
+/// before: next to a thread that comes and goes, pauses are no undisturbed time.
+const LOSS_MAX: f64 = 0.05;
 /// The factor that a busy guest gets before anything is known, and the least that it ever gets: rates in
 /// pauses must be known.
 const FACTOR_BUSY: f64 = 4.0;
@@ -275,7 +276,7 @@ mod tests {
         }
     }
 
-    /// A fixed number of requests in flight: what costs latency costs rate. It keeps 0.9 of it.
+    /// A fixed number of requests in flight: what costs latency costs rate. It keeps 0.95 of it.
     #[test]
     fn a_guest_keeps_most_of_its_rate() {
         for (working_per_ms, working_ns) in [(60, 167_000), (70, 143_000), (80, 125_000)] {
@@ -289,7 +290,7 @@ mod tests {
             let duty = guest.duty(&mut pace);
             let share = f64::from(u32::try_from(working_per_ms).unwrap()) / 100.0;
             let kept = duty * share + (1.0 - duty);
-            assert!((0.89..0.91).contains(&kept), "{kept} at {share}");
+            assert!((0.94..0.96).contains(&kept), "{kept} at {share}");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::control::info::{
 use crate::control::job::JobInfo;
 use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
-use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo};
+use crate::engine::{ImageEvent, LayerFormat, snapshot_info};
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -181,17 +181,7 @@ fn bytes(name: &[u8]) -> String {
 
 /// A snapshot of a backing file, which nobody changes.
 fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
-    InternalSnapshotInfo::from(&SnapshotInfo {
-        id: bytes(&entry.id),
-        name: bytes(&entry.name),
-        date_sec: entry.date_sec,
-        date_nsec: entry.date_nsec,
-        vm_clock_nsec: entry.vm_clock_nsec,
-        vm_state_size: entry.vm_state_size(),
-        disk_size: entry.disk_size().unwrap_or(disk_size),
-        icount: entry.icount(),
-        unsettled: false,
-    })
+    InternalSnapshotInfo::from(&snapshot_info(entry, disk_size))
 }
 
 fn operations<'a>(snapshots: impl Iterator<Item = &'a OperationSnapshot>) -> OperationStats {

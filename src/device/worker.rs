@@ -16,38 +16,47 @@
 //!   taken.
 //! - A worker sleeps only after it has asked for kicks, fenced, and looked at all sources of work.
 
+mod error_log;
+mod handle;
+mod poll_window;
+mod slot;
+mod token;
+
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, SyncSender};
 use std::time::{Duration, Instant};
 
-use crossbeam_queue::SegQueue;
-use crossbeam_utils::CachePadded;
 use libc::iovec;
-use log::{debug, error, log};
+use log::{debug, error};
 
 use super::bitmap::log_epoch;
 use super::config_space::ConfigSpace;
-use super::error::{DeviceError, RingError, level_of, status_of};
+use super::error::{DeviceError, RingError, status_of};
 use super::executor::{Doorbell, Executor};
 use super::guest_buf::{GuestMemory, SharedMemory};
 use super::lost_memory::losses;
 use super::queue::{ServedRing, ring_fence};
-use super::request::{
-    Buffers, Command, Limits, Refusal, SECTOR_SIZE, SERIAL_SIZE, Segment, Status, parse,
-};
-use super::stats::{OperationKind, Outcome, WorkerStats};
+use super::request::{Command, Limits, Refusal, SECTOR_SIZE, SERIAL_SIZE, Segment, Status, parse};
+use super::stats::{OperationKind, Outcome};
 use super::vring::RingSetup;
-use crate::engine::{self, CacheCounters, CacheStats, Extent, ExtentList, Fast, Image, PinGuard};
+use crate::engine::{self, Extent, ExtentList, Fast, Image, PinGuard};
 use crate::storage::ring::Full;
 use crate::storage::{Direction, HostFile, Ring, RingStorage};
 use crate::units::GuestOffset;
+
+use self::error_log::ErrorLog;
+use self::handle::{Message, Shared};
+use self::poll_window::PollWindow;
+use self::slot::Slot;
+
+pub(super) use self::handle::{WorkerHandle, pause, resume, set_image, set_memory};
 
 /// Requests that a worker has in flight at most; more wait in their avail rings.
 const SLOTS: u32 = 256;
@@ -56,75 +65,14 @@ const SLOTS: u32 = 256;
 const RING_ENTRIES: u32 = 512;
 /// Chains taken from one vring before the others have their turn.
 const BATCH_MAX: u16 = 128;
-/// Pieces of guest memory that a slot's buffers hold before they allocate.
-const PIECES_RESERVED: usize = 4;
 /// Direct I/O is at most this long (one SQE moves less than 2 GiB) and has at most this many pieces
 /// (UIO_MAXIOV); the engine's path cuts what is larger.
 const REQUEST_LEN_MAX: u64 = 1 << 30;
 const DIRECT_PIECES_MAX: usize = 1024;
 /// How often a ring is looked at whose driver does not kick.
 const KICKLESS_INTERVAL: Duration = Duration::from_micros(200);
-/// A sleep may last this much longer than the wait that it is for: a virtual machine's processor that
-/// has halted takes tens of microseconds to wake up (an estimate, on the generous side).
-const WAKE_UP: Duration = Duration::from_micros(50);
-/// Hits that are remembered at most, so that polling ends soon after it stops to pay.
-const POLL_CREDIT_MAX: i32 = 16;
-/// A poll in vain counts as much as so many that were not.
-const POLL_MISS_COST: i32 = 2;
-/// Waits that look short before polling is tried again after it did not pay.
-const POLL_PAUSE: i32 = 8;
 /// Looks at the sources of work between two looks at the clock.
 const POLLS_PER_CLOCK: u32 = 16;
-/// A waiting control thread looks this often whether the worker still lives.
-const ALIVE_INTERVAL: Duration = Duration::from_millis(100);
-/// At most one line about failed requests in this time; the rest is for `--log debug`.
-const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Completion tokens: what kind in the top bits, then kind-specific.
-mod token {
-    const KIND_SHIFT: u32 = 56;
-    const SLOT_SHIFT: u32 = 32;
-    const KIND_REQUEST: u64 = 1;
-    const KIND_KICK: u64 = 2;
-    const KIND_DOORBELL: u64 = 3;
-
-    /// What a completion is about.
-    pub(super) enum Token {
-        /// An operation of a request slot that should have moved `len` bytes.
-        Request { slot: u32, len: u32 },
-        /// A vring's kick descriptor was read.
-        Kick { position: usize },
-        /// The doorbell was read.
-        Doorbell,
-    }
-
-    pub(super) fn request(slot: u32, len: u32) -> u64 {
-        KIND_REQUEST << KIND_SHIFT | u64::from(slot) << SLOT_SHIFT | u64::from(len)
-    }
-
-    pub(super) fn kick(position: usize) -> u64 {
-        KIND_KICK << KIND_SHIFT | position as u64
-    }
-
-    pub(super) const DOORBELL: u64 = KIND_DOORBELL << KIND_SHIFT;
-
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "takes the fields apart again"
-    )]
-    pub(super) fn decode(token: u64) -> Token {
-        match token >> KIND_SHIFT {
-            KIND_REQUEST => Token::Request {
-                slot: (token >> SLOT_SHIFT) as u32 & 0x00ff_ffff,
-                len: token as u32,
-            },
-            KIND_KICK => Token::Kick {
-                position: token as u32 as usize,
-            },
-            _ => Token::Doorbell,
-        }
-    }
-}
 
 /// What all workers of a device are made with.
 #[derive(Clone)]
@@ -140,159 +88,6 @@ pub(super) struct WorkerParts {
     pub(super) worker_count: usize,
 }
 
-/// What others ask of a worker.
-enum Message {
-    Start(RingSetup, SyncSender<Result<(), RingError>>),
-    /// Answered with the position reached, when nothing of the ring is in flight.
-    Stop(usize, SyncSender<u16>),
-    SetKick(usize, Option<Arc<File>>),
-    SetCall(usize, Option<Arc<File>>),
-    /// Answered when nothing uses the old memory any more.
-    SetMemory(Option<Arc<SharedMemory>>, SyncSender<()>),
-    /// Take no more requests. Answered with the number of running rings, when nothing is in flight.
-    Pause(SyncSender<usize>),
-    /// Only while paused: go over to another image. Answered when the old one is not used any more.
-    SetImage(Arc<Image>, Vec<Arc<HostFile>>, SyncSender<()>),
-    Resume,
-    Exit,
-}
-
-struct Shared {
-    messages: SegQueue<Message>,
-    doorbell: Arc<Doorbell>,
-    stats: CachePadded<WorkerStats>,
-    /// Cache counters of the engine's workers that this one has had, the present one last.
-    cache_counters: Mutex<Vec<Arc<CacheCounters>>>,
-    /// The thread has ended; nobody will answer.
-    gone: AtomicBool,
-}
-
-/// Sends messages to a worker.
-#[derive(Clone)]
-pub(super) struct WorkerHandle {
-    shared: Arc<Shared>,
-}
-
-impl WorkerHandle {
-    fn send(&self, message: Message) {
-        self.shared.messages.push(message);
-        self.shared.doorbell.ring();
-    }
-
-    fn wait<T>(&self, answer: &Receiver<T>) -> Option<T> {
-        loop {
-            match answer.recv_timeout(ALIVE_INTERVAL) {
-                Ok(value) => return Some(value),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.shared.gone.load(Ordering::Acquire) {
-                        // It may have answered just before.
-                        return answer.try_recv().ok();
-                    }
-                }
-            }
-        }
-    }
-
-    pub(super) fn start_ring(&self, setup: RingSetup) -> Result<(), RingError> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.send(Message::Start(setup, reply));
-        self.wait(&answer).unwrap_or(Err(RingError::WorkerGone))
-    }
-
-    /// Position reached, once nothing of the ring is in flight.
-    pub(super) fn stop_ring(&self, queue_index: usize) -> Option<u16> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.send(Message::Stop(queue_index, reply));
-        self.wait(&answer)
-    }
-
-    pub(super) fn set_kick(&self, queue_index: usize, kick: Option<Arc<File>>) {
-        self.send(Message::SetKick(queue_index, kick));
-    }
-
-    pub(super) fn set_call(&self, queue_index: usize, call: Option<Arc<File>>) {
-        self.send(Message::SetCall(queue_index, call));
-    }
-
-    pub(super) fn is_gone(&self) -> bool {
-        self.shared.gone.load(Ordering::Acquire)
-    }
-
-    pub(super) fn exit(&self) {
-        self.send(Message::Exit);
-    }
-
-    pub(super) fn stats(&self) -> &WorkerStats {
-        &self.shared.stats
-    }
-
-    /// Cache counters, over all images that were served.
-    pub(super) fn cache_stats(&self) -> CacheStats {
-        let mut sum = CacheStats::default();
-        for stats in self.shared.lock_counters().iter().map(|one| one.stats()) {
-            sum.hits += stats.hits;
-            sum.misses += stats.misses;
-            sum.put_table_hits += stats.put_table_hits;
-        }
-        sum
-    }
-}
-
-impl Shared {
-    fn lock_counters(&self) -> MutexGuard<'_, Vec<Arc<CacheCounters>>> {
-        // Only whole values are stored under this lock.
-        self.cache_counters
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Gives all workers another generation of guest memory; returns when none uses the old one.
-pub(super) fn set_memory(workers: &[WorkerHandle], memory: Option<&Arc<SharedMemory>>) {
-    ask_all(workers, |reply| Message::SetMemory(memory.cloned(), reply));
-}
-
-/// Stops all workers between two requests; returns how many rings run, when nothing is in flight
-/// on any of them. They still start and stop rings, and go over to other guest memory.
-pub(super) fn pause(workers: &[WorkerHandle]) -> usize {
-    ask_all(workers, Message::Pause).into_iter().flatten().sum()
-}
-
-/// Lets workers go on that are paused.
-pub(super) fn resume(workers: &[WorkerHandle]) {
-    for worker in workers {
-        worker.send(Message::Resume);
-    }
-}
-
-/// Gives all workers, which are paused, another image; returns when none uses the old one.
-pub(super) fn set_image(workers: &[WorkerHandle], image: &Arc<Image>, files: &[Arc<HostFile>]) {
-    let message = |reply| Message::SetImage(Arc::clone(image), files.to_vec(), reply);
-    ask_all(workers, message);
-}
-
-/// Sends each worker a message, then waits for all answers. `None`: the worker has ended, and its
-/// ring was drained with it.
-fn ask_all<T>(
-    workers: &[WorkerHandle],
-    message: impl Fn(SyncSender<T>) -> Message,
-) -> Vec<Option<T>> {
-    let answers: Vec<_> = workers
-        .iter()
-        .map(|worker| {
-            let (reply, answer) = mpsc::sync_channel(1);
-            worker.send(message(reply));
-            answer
-        })
-        .collect();
-    workers
-        .iter()
-        .zip(answers)
-        .map(|(worker, answer)| worker.wait(&answer))
-        .collect()
-}
-
 /// Starts worker `number`; returns when its ring exists. `on_end` runs when the thread ends.
 pub(super) fn spawn(
     number: usize,
@@ -300,13 +95,7 @@ pub(super) fn spawn(
     on_end: impl FnOnce() + Send + 'static,
 ) -> Result<(WorkerHandle, std::thread::JoinHandle<()>), DeviceError> {
     let doorbell = Arc::new(Doorbell::new().map_err(DeviceError::system("make an eventfd"))?);
-    let shared = Arc::new(Shared {
-        messages: SegQueue::new(),
-        doorbell,
-        stats: CachePadded::default(),
-        cache_counters: Mutex::default(),
-        gone: AtomicBool::new(false),
-    });
+    let shared = Arc::new(Shared::new(doorbell));
     let (ready, started) = mpsc::sync_channel(1);
     let theirs = Arc::clone(&shared);
     let thread = std::thread::Builder::new()
@@ -355,46 +144,6 @@ impl<F: FnOnce()> Drop for OnEnd<F> {
         self.shared.gone.store(true, Ordering::Release);
         if let Some(then) = self.then.take() {
             then();
-        }
-    }
-}
-
-/// One request in flight.
-struct Slot {
-    buffers: Buffers,
-    /// Which of the worker's vrings it came from.
-    position: usize,
-    head: u16,
-    kind: OperationKind,
-    /// Offset on the virtual disk, for reads and writes.
-    offset: u64,
-    /// Bytes that a device-to-driver buffer receives, without the status byte.
-    written: u64,
-    /// What is counted as moved.
-    bytes: u64,
-    started: Instant,
-    /// Host operations not yet reaped.
-    outstanding: u32,
-    /// A host operation failed, was short, or could not be started.
-    direct_failed: bool,
-    /// Held while direct I/O uses host clusters.
-    pin: Option<PinGuard>,
-}
-
-impl Slot {
-    fn new(now: Instant) -> Self {
-        Self {
-            buffers: Buffers::with_capacity(PIECES_RESERVED),
-            position: 0,
-            head: 0,
-            kind: OperationKind::Other,
-            offset: 0,
-            written: 0,
-            bytes: 0,
-            started: now,
-            outstanding: 0,
-            direct_failed: false,
-            pin: None,
         }
     }
 }
@@ -1201,174 +950,5 @@ impl Worker {
                 return false;
             }
         }
-    }
-}
-
-/// Whether to poll before sleeping: for the whole window while most waits end within it, otherwise
-/// not at all, since a poll that ends too early is for nothing.
-struct PollWindow {
-    max: Duration,
-    /// Polls while positive. Negative: so many more waits have to look short.
-    credit: i32,
-}
-
-impl PollWindow {
-    fn new(max: Duration) -> Self {
-        Self { max, credit: 0 }
-    }
-
-    fn is_open(&self) -> bool {
-        self.credit > 0
-    }
-
-    fn window(&self) -> Duration {
-        if self.is_open() {
-            self.max
-        } else {
-            Duration::ZERO
-        }
-    }
-
-    /// A wait has ended while polling.
-    fn hit(&mut self) {
-        self.credit = (self.credit + 1).min(POLL_CREDIT_MAX);
-    }
-
-    /// A wait of this length, polling and sleep together, has ended in sleep.
-    fn slept(&mut self, waited: Duration) {
-        if self.is_open() {
-            self.credit -= POLL_MISS_COST;
-            if !self.is_open() {
-                self.credit = -POLL_PAUSE;
-            }
-        } else if waited <= self.max + WAKE_UP {
-            self.credit += 1;
-        } else {
-            self.credit = -POLL_PAUSE;
-        }
-    }
-}
-
-/// Keeps a failing host from filling the log.
-#[derive(Default)]
-struct ErrorLog {
-    last: std::cell::Cell<Option<Instant>>,
-}
-
-impl ErrorLog {
-    /// Logs a failed request. True when it is one for the administrator, and not too soon after
-    /// the last.
-    fn report(&self, what: &str, error: &engine::Error) -> bool {
-        let now = Instant::now();
-        let quiet = self
-            .last
-            .get()
-            .is_some_and(|last| now.saturating_duration_since(last) < ERROR_LOG_INTERVAL);
-        let level = if quiet {
-            log::Level::Debug
-        } else {
-            level_of(error)
-        };
-        if level < log::Level::Debug {
-            self.last.set(Some(now));
-        }
-        log!(level, "{what} failed: {}", error.chain());
-        level < log::Level::Debug
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_come_back_as_they_were_made() {
-        assert!(matches!(
-            token::decode(token::request(255, 1 << 30)),
-            token::Token::Request { slot: 255, len } if len == 1 << 30
-        ));
-        assert!(matches!(
-            token::decode(token::kick(63)),
-            token::Token::Kick { position: 63 }
-        ));
-        assert!(matches!(
-            token::decode(token::DOORBELL),
-            token::Token::Doorbell
-        ));
-    }
-
-    const MAX: Duration = Duration::from_micros(50);
-    const SHORT: Duration = Duration::from_micros(20);
-    const LONG: Duration = Duration::from_millis(10);
-
-    fn open_window() -> PollWindow {
-        let mut poll = PollWindow::new(MAX);
-        poll.slept(SHORT);
-        assert_eq!(poll.window(), MAX);
-        poll
-    }
-
-    #[test]
-    fn a_wait_that_only_the_wake_up_made_long_opens_the_poll_window() {
-        let mut poll = PollWindow::new(MAX);
-        poll.slept(MAX + WAKE_UP);
-        assert_eq!(poll.window(), MAX);
-    }
-
-    #[test]
-    fn long_waits_never_open_the_poll_window() {
-        let mut poll = PollWindow::new(MAX);
-        for _ in 0..100 {
-            poll.slept(LONG);
-            assert!(poll.window().is_zero());
-        }
-    }
-
-    #[test]
-    fn polls_in_vain_close_the_poll_window_for_a_while() {
-        let mut poll = open_window();
-        poll.slept(MAX + SHORT);
-        for _ in 0..POLL_PAUSE {
-            assert!(poll.window().is_zero());
-            poll.slept(SHORT);
-        }
-        assert!(poll.window().is_zero());
-        poll.slept(SHORT);
-        assert_eq!(poll.window(), MAX);
-    }
-
-    #[test]
-    fn the_poll_window_stays_open_through_a_rare_long_wait() {
-        let mut poll = open_window();
-        for _ in 0..20 {
-            for _ in 0..5 {
-                poll.hit();
-            }
-            poll.slept(LONG);
-            assert_eq!(poll.window(), MAX);
-        }
-    }
-
-    #[test]
-    fn a_driver_that_goes_quiet_costs_a_few_polls() {
-        let mut poll = open_window();
-        for _ in 0..1000 {
-            poll.hit();
-        }
-        let polls = (0..1000)
-            .filter(|_| {
-                let open = !poll.window().is_zero();
-                poll.slept(LONG);
-                open
-            })
-            .count();
-        assert!(polls <= 8, "{polls} polls in vain");
-    }
-
-    #[test]
-    fn a_limit_of_zero_switches_polling_off() {
-        let mut poll = PollWindow::new(Duration::ZERO);
-        poll.slept(Duration::ZERO);
-        assert!(poll.window().is_zero());
     }
 }

@@ -122,6 +122,22 @@ impl Error {
         self.kind
     }
 
+    /// Whether some cause of `error` is a `T` for which `test` holds.
+    #[must_use]
+    pub fn is_caused_by<T: StdError + 'static>(
+        error: &dyn StdError,
+        test: impl Fn(&T) -> bool,
+    ) -> bool {
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            if error.downcast_ref::<T>().is_some_and(&test) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
+
     /// The whole chain on one line, outermost first.
     #[must_use]
     pub fn chain(&self) -> String {

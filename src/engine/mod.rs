@@ -61,6 +61,7 @@ pub use self::error::{Error, ErrorKind};
 pub use self::extent::{EXTENTS_MAX, Extent, ExtentList, Fast};
 pub use self::open::{LayerFormat, LayerSpec, OpenOptions};
 pub use self::pin::PinGuard;
+pub(crate) use self::snapshot::snapshot_info;
 pub use self::snapshot::{
     BackgroundKind, BackgroundStatus, Created, NewSnapshot, SNAPSHOT_NAME_BYTES_MAX, Selector,
     SnapshotInfo, Step, revert,

@@ -129,91 +129,14 @@ impl Image {
         specs: &[LayerSpec],
         options: &OpenOptions,
     ) -> Result<Arc<Self>, Error> {
-        if specs.is_empty() || specs.len() > LAYERS_MAX {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "a backing chain has 1 to {LAYERS_MAX} files, not {}",
-                    specs.len()
-                ),
-            ));
-        }
-        if options.snapshot.is_some() && !options.read_only {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "a snapshot can only be served read-only (--read-only)",
-            ));
-        }
-        if options.snapshot.is_some()
-            && specs.first().map(|spec| spec.format) == Some(LayerFormat::Raw)
-        {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a raw image has no internal snapshots",
-            ));
-        }
+        check_request(specs, options)?;
         let board = Arc::new(PinBoard::new());
         let mut layers = Vec::with_capacity(specs.len());
         let mut write_side = None;
         let mut read_only_snapshots = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
-            let read_only = options.read_only || index > 0;
-            let layer_index = u8::try_from(index).unwrap_or(u8::MAX);
-            let (size, kind, parts) = match spec.format {
-                LayerFormat::Raw => {
-                    let len = file_len(storage, spec.file)?;
-                    // The disk has whole sectors; the last one is completed when it is written.
-                    let len = if index == 0 {
-                        len.next_multiple_of(SECTOR_SIZE)
-                    } else {
-                        len
-                    };
-                    (len, LayerKind::Raw, None)
-                }
-                LayerFormat::Qcow2 => {
-                    let parsed = if read_only {
-                        parse(storage, spec.file, true).await
-                    } else {
-                        parse_for_writing(storage, spec.file).await
-                    };
-                    let mut parsed = parsed.map_err(|error| {
-                        if index == 0 {
-                            error
-                        } else {
-                            error.context(format!("layer {index} of the backing chain"))
-                        }
-                    })?;
-                    if let Some(bytes) = options.l2_cache_entry_size
-                        && index == 0
-                        && bytes > parsed.header.geometry().cluster_size()
-                    {
-                        let cluster_size = parsed.header.geometry().cluster_size();
-                        return Err(Error::new(
-                            ErrorKind::Invalid,
-                            format!(
-                                "--l2-cache-entry-size is {bytes}, more than the image's cluster \
-                                 size of {cluster_size}; give at most that"
-                            ),
-                        ));
-                    }
-                    if index == 0
-                        && let Some(selector) = &options.snapshot
-                    {
-                        show_snapshot(storage, spec.file, &mut parsed, selector).await?;
-                    }
-                    // Like QEMU: a partial last sector is not part of the disk.
-                    let size = align_down(parsed.header.size, SECTOR_SIZE);
-                    let (mapping, parts) = mapping(parsed, options);
-                    (size, LayerKind::Qcow2(mapping), Some(parts))
-                }
-            };
-            layers.push(Layer {
-                file: spec.file,
-                index: layer_index,
-                key: SliceKey::new(layer_index, HostOffset::new(0)),
-                size,
-                kind,
-            });
+            let (layer, parts) = open_layer(storage, index, spec, options).await?;
+            layers.push(layer);
             if index == 0
                 && let Some(parts) = &parts
             {
@@ -253,6 +176,100 @@ impl Image {
             write_back_asked: AtomicBool::new(false),
         }))
     }
+}
+
+/// Refuses a chain or options that no image can be opened with.
+fn check_request(specs: &[LayerSpec], options: &OpenOptions) -> Result<(), Error> {
+    if specs.is_empty() || specs.len() > LAYERS_MAX {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "a backing chain has 1 to {LAYERS_MAX} files, not {}",
+                specs.len()
+            ),
+        ));
+    }
+    if options.snapshot.is_some() && !options.read_only {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "a snapshot can only be served read-only (--read-only)",
+        ));
+    }
+    if options.snapshot.is_some() && specs.first().map(|spec| spec.format) == Some(LayerFormat::Raw)
+    {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "a raw image has no internal snapshots",
+        ));
+    }
+    Ok(())
+}
+
+/// Opens file number `index` of the chain; with it comes what writing to it needs.
+async fn open_layer<S: Storage>(
+    storage: &S,
+    index: usize,
+    spec: &LayerSpec,
+    options: &OpenOptions,
+) -> Result<(Layer, Option<WriteParts>), Error> {
+    let read_only = options.read_only || index > 0;
+    let layer_index = u8::try_from(index).unwrap_or(u8::MAX);
+    let (size, kind, parts) = match spec.format {
+        LayerFormat::Raw => {
+            let len = file_len(storage, spec.file)?;
+            // The disk has whole sectors; the last one is completed when it is written.
+            let len = if index == 0 {
+                len.next_multiple_of(SECTOR_SIZE)
+            } else {
+                len
+            };
+            (len, LayerKind::Raw, None)
+        }
+        LayerFormat::Qcow2 => {
+            let parsed = if read_only {
+                parse(storage, spec.file, true).await
+            } else {
+                parse_for_writing(storage, spec.file).await
+            };
+            let mut parsed = parsed.map_err(|error| {
+                if index == 0 {
+                    error
+                } else {
+                    error.context(format!("layer {index} of the backing chain"))
+                }
+            })?;
+            if let Some(bytes) = options.l2_cache_entry_size
+                && index == 0
+                && bytes > parsed.header.geometry().cluster_size()
+            {
+                let cluster_size = parsed.header.geometry().cluster_size();
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!(
+                        "--l2-cache-entry-size is {bytes}, more than the image's cluster \
+                         size of {cluster_size}; give at most that"
+                    ),
+                ));
+            }
+            if index == 0
+                && let Some(selector) = &options.snapshot
+            {
+                show_snapshot(storage, spec.file, &mut parsed, selector).await?;
+            }
+            // Like QEMU: a partial last sector is not part of the disk.
+            let size = align_down(parsed.header.size, SECTOR_SIZE);
+            let (mapping, parts) = mapping(parsed, options);
+            (size, LayerKind::Qcow2(mapping), Some(parts))
+        }
+    };
+    let layer = Layer {
+        file: spec.file,
+        index: layer_index,
+        key: SliceKey::new(layer_index, HostOffset::new(0)),
+        size,
+        kind,
+    };
+    Ok((layer, parts))
 }
 
 fn file_len<S: Storage>(storage: &S, file: FileId) -> Result<u64, Error> {

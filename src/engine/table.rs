@@ -13,7 +13,8 @@ use super::error::{Error, ErrorKind, lock};
 use super::layer::{EntryPlace, Layer, Mapping};
 use super::order::keeps;
 use super::pin::PinGuard;
-use super::worker::Worker;
+use super::taken::TakenGuard;
+use super::worker::{PinnedSlice, Worker};
 use crate::format::l1::L1Entry;
 use crate::format::l2::L2Entry;
 use crate::storage::Storage;
@@ -62,13 +63,8 @@ impl<S: Storage> Worker<S> {
         let Target {
             mapping, active, ..
         } = target;
-        let index = to_u64(l1_index);
-        let _taken = match active.taken_tables.try_take(index..index + 1) {
-            Ok(taken) => taken,
-            Err(listener) => {
-                listener.await;
-                return Ok(());
-            }
+        let Some(_taken) = take_table(active, l1_index).await else {
+            return Ok(());
         };
         if mapping.l1_entry(l1_index).0 != 0 {
             return Ok(());
@@ -136,13 +132,8 @@ impl<S: Storage> Worker<S> {
             mapping,
             active,
         } = target;
-        let index = to_u64(l1_index);
-        let _taken = match active.taken_tables.try_take(index..index + 1) {
-            Ok(taken) => taken,
-            Err(listener) => {
-                listener.await;
-                return Ok(());
-            }
+        let Some(_taken) = take_table(active, l1_index).await else {
+            return Ok(());
         };
         let entry = mapping.l1_entry(l1_index);
         if entry.table_offset() != Some(old) || active.is_owned(l1_index, self.generation()) {
@@ -159,21 +150,7 @@ impl<S: Storage> Worker<S> {
             old_slices.push(self.slice(layer, mapping, old, &place).await?);
             at += mapping.slice_bytes();
         }
-        for slice in old_slices.iter().filter(|slice| slice.body.is_suspicious()) {
-            for index in 0..slice.body.len() {
-                let entry = slice.body.entry(index);
-                if mapping.misleads(old, entry) {
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        format!(
-                            "the L2 table at {old} points far past the end of the file, which was \
-                             cut short ({:#018x})",
-                            entry.0
-                        ),
-                    ));
-                }
-            }
-        }
+        refuse_misleading(mapping, old, &old_slices)?;
         let host = self.new_table_cluster(target).await?;
         let new_slices = self.new_slices(layer, mapping, host, &old_slices);
         let copied = {
@@ -225,7 +202,7 @@ impl<S: Storage> Worker<S> {
         layer: &Layer,
         mapping: &Mapping,
         host: HostOffset,
-        like: &[super::worker::PinnedSlice<'_>],
+        like: &[PinnedSlice<'_>],
     ) -> Vec<Arc<SliceBody>> {
         let mut at = 0;
         let mut slices = Vec::with_capacity(like.len());
@@ -244,6 +221,42 @@ impl<S: Storage> Worker<S> {
     pub(crate) fn generation(&self) -> u64 {
         self.image.board.generation()
     }
+}
+
+/// Takes one L2 table; `None` after somebody else has let go of it, who may have changed it.
+async fn take_table(active: &Active, l1_index: usize) -> Option<TakenGuard> {
+    let index = to_u64(l1_index);
+    match active.taken_tables.try_take(index..index + 1) {
+        Ok(taken) => Some(taken),
+        Err(listener) => {
+            listener.await;
+            None
+        }
+    }
+}
+
+/// Refuses a table with entries that point into what the file has lost.
+fn refuse_misleading(
+    mapping: &Mapping,
+    table: HostOffset,
+    slices: &[PinnedSlice<'_>],
+) -> Result<(), Error> {
+    for slice in slices.iter().filter(|slice| slice.body.is_suspicious()) {
+        for index in 0..slice.body.len() {
+            let entry = slice.body.entry(index);
+            if mapping.misleads(table, entry) {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!(
+                        "the L2 table at {table} points far past the end of the file, which was \
+                         cut short ({:#018x})",
+                        entry.0
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// An entry as it stands in a table whose clusters are shared. A compressed entry has no copied

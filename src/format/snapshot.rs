@@ -49,6 +49,16 @@ pub struct SnapshotEntry {
 }
 
 impl SnapshotEntry {
+    /// An entry with nothing but an id and a name.
+    #[cfg(test)]
+    pub(crate) fn named(id: &str, name: &str) -> Self {
+        Self {
+            id: id.into(),
+            name: name.into(),
+            ..Self::default()
+        }
+    }
+
     /// Extra data for a new entry of a v3 image. `icount` is the instruction count of a guest that
     /// is being recorded or replayed.
     #[must_use]

@@ -98,7 +98,8 @@ pub struct HostFile {
     /// Bit set of [`Feature`]s that the host refused with "not supported".
     missing: AtomicU8,
     ranges: Arc<RangeLock>,
-    /// On a file system that lives in memory: making it durable does nothing, so it never waits.
+    /// On a file system that lives in memory: a write waits for no device, and making it durable does
+    /// nothing.
     in_memory: bool,
 }
 
@@ -193,7 +194,8 @@ impl HostFile {
         Ok(host_file)
     }
 
-    /// Whether the file lives in memory, so that a sync has nothing to wait for.
+    /// Whether the file lives in memory, so that a write or a sync has nothing to wait for.
+    #[inline]
     pub(crate) fn is_in_memory(&self) -> bool {
         self.in_memory
     }
@@ -506,11 +508,25 @@ pub(crate) fn transfer(
     offset: u64,
     sg: &SgList,
 ) -> io::Result<usize> {
-    let offset = file_offset(offset)?;
     let iovs: SmallVec<[libc::iovec; 16]> = sg.iovecs().take(IOV_MAX).collect();
+    // SAFETY: `iovs` holds segments of `sg`, whose memory is valid while it is borrowed.
+    unsafe { transfer_iovecs(direction, fd, offset, &iovs) }
+}
+
+/// One blocking `preadv` or `pwritev`.
+///
+/// # Safety
+/// The memory of `iovs` is valid for the call: for writes of a read, for reads of a write.
+pub(crate) unsafe fn transfer_iovecs(
+    direction: Direction,
+    fd: RawFd,
+    offset: u64,
+    iovs: &[libc::iovec],
+) -> io::Result<usize> {
+    let offset = file_offset(offset)?;
     let count = c_int::try_from(iovs.len()).map_err(io::Error::other)?;
     let result = match direction {
-        // SAFETY: `iovs` holds segments of `sg`, whose memory is valid while it is borrowed.
+        // SAFETY: by the caller's promise; the array is as long as it says.
         Direction::Read => unsafe { libc::preadv(fd, iovs.as_ptr(), count, offset) },
         // SAFETY: as above.
         Direction::Write => unsafe { libc::pwritev(fd, iovs.as_ptr(), count, offset) },

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
-use super::{Exit, caused_by, complain, fail, lock, print, progress_bar};
+use super::{Exit, complain, fail, lock, print, progress_bar};
 use crate::config::{self, CheckConfig};
 use crate::engine::Error;
 use crate::engine::check::{Phase, Progress, Repair, Report, check as check_image};
@@ -27,7 +27,7 @@ pub fn check(config: &CheckConfig) -> Exit {
     let report = match result {
         Ok(report) => report,
         Err(error) => {
-            let foreign = caused_by(&error, |cause: &FormatError| {
+            let foreign = Error::is_caused_by(&error, |cause: &FormatError| {
                 matches!(cause, FormatError::Magic { .. })
             });
             fail(&config.path, &error);

@@ -89,18 +89,6 @@ fn fail(path: &Path, error: &Error) -> Exit {
     Exit::Failure
 }
 
-/// Whether some cause of an error is a `T` for which `test` holds.
-fn caused_by<T: StdError + 'static>(error: &Error, test: impl Fn(&T) -> bool) -> bool {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        if error.downcast_ref::<T>().is_some_and(&test) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
-
 /// Takes the image lock. The lock is given back when the value is dropped.
 fn lock(file: &Arc<HostFile>, kind: LockKind) -> Result<ImageLock, Error> {
     ImageLock::take(file, kind, Locking::Auto, LOCK_PATIENCE).map_err(|error| {

@@ -357,6 +357,17 @@ fn too_few_descriptors_are_named_with_the_limit_to_raise() {
 // --- Tools ---
 
 #[test]
+fn create_says_that_a_file_may_not_be_as_large() {
+    let (dir, _) = image();
+    let mut limited = Command::new("prlimit");
+    limited.args(["--fsize=4194304", QBLKD, "create", "--preallocation=full"]);
+    limited.arg(dir.path().join("full.qcow2")).arg("64M");
+    let refused = run_command(&mut limited, LIMIT).unwrap();
+    assert_eq!(refused.code().unwrap(), 1, "{refused:?}");
+    assert!(refused.stderr.contains("File too large"), "{refused:?}");
+}
+
+#[test]
 fn create_warns_of_a_backing_file_that_the_server_will_refuse() {
     let (base_dir, base) = image();
     let (dir, _) = image();

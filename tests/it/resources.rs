@@ -217,6 +217,46 @@ fn a_full_host_fails_writes_until_there_is_space_again() -> Result<(), Failure> 
     qemu::expect_check(&copy, &[CHECK_CLEAN])
 }
 
+/// The signal that comes with such a failure ends a process that does nothing about it.
+#[test]
+fn a_limit_on_file_sizes_fails_writes_and_not_the_server() -> Result<(), Failure> {
+    const DISK_BYTES: u64 = 16 << 20;
+    const LIMIT_BYTES: u64 = 4 << 20;
+    let test = "a_limit_on_file_sizes_fails_writes_and_not_the_server";
+    if !have_tools(test, &["qemu-img", "prlimit"]) {
+        return Ok(());
+    }
+    // Writes to a file in memory are made in another way than those to one on a disk.
+    for parent in ["/dev/shm", env!("CARGO_TARGET_TMPDIR")] {
+        let dir = TempDir::with_prefix_in("qblkd-", parent)?;
+        let [file, socket] = ["disk.qcow2", "vhost.sock"].map(|name| dir.path().join(name));
+        qemu::create(&file, DISK_BYTES, "cluster_size=64k,preallocation=falloc")?;
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--fsize={LIMIT_BYTES}")).arg(QBLKD);
+        command.arg("--socket-path").arg(&socket);
+        command.arg("--blk-file").arg(&file);
+        let server = Server::start_command(command, socket)?;
+        let mut driver = Driver::connect(&server.socket)?;
+        let clusters = [
+            (0, OK),
+            (DISK_BYTES / u64::from(CLUSTER_BYTES) - 1, IOERR),
+            (1, OK),
+        ];
+        for (cluster, expected) in clusters {
+            let status = write_cluster(&mut driver, cluster)?;
+            ensure(status == expected, || {
+                format!("{parent}: write of cluster {cluster}: status {status}")
+            })?;
+        }
+        expect_clusters(&mut driver, 2)?;
+        drop(driver);
+        let ended = server.terminate()?;
+        ensure(ended.code()? == 0, || format!("{ended:?}"))?;
+        qemu::expect_check(&file, &[CHECK_CLEAN])?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_flush_on_a_full_host_keeps_what_it_covers() -> Result<(), Failure> {
     let test = "a_flush_on_a_full_host_keeps_what_it_covers";

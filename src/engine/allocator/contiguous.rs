@@ -33,14 +33,7 @@ impl Allocator {
                         fresh: false,
                     });
                 }
-                match state.next_scan(entries) {
-                    Some(block) if !self.can_grow => Need::Scan(block),
-                    _ if state.growing => Need::WaitForGrowth(self.grown.listen()),
-                    _ => {
-                        state.growing = true;
-                        Need::Grow
-                    }
-                }
+                self.need_locked(&mut state, !self.can_grow)
             };
             match need {
                 Need::Scan(block) => self.scan(storage, block).await?,

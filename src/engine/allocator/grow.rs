@@ -14,7 +14,7 @@ use crate::engine::order::keeps;
 use crate::format::geometry::REFTABLE_BYTES_MAX;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, SgList, Storage};
-use crate::units::HostOffset;
+use crate::units::{HostOffset, to_u64};
 
 /// Growth per chunk: an eighth of the file, at least this many clusters ...
 const CHUNK_CLUSTERS_MIN: u64 = 64;
@@ -237,6 +237,39 @@ impl Allocator {
         }
     }
 
+    /// Clusters of a refcount table twice as long, or long enough to reach `start` with room for a
+    /// chunk.
+    fn longer_table(&self, start: u64, clusters: u64) -> Result<u64, Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let reach = (start + CHUNK_CLUSTERS_MIN).div_ceil(entries) + 1;
+        let table_clusters = (clusters * 2).max((reach + 1).div_ceil(per_cluster));
+        let bytes_max = REFTABLE_BYTES_MAX.max(self.geometry.cluster_size());
+        if table_clusters.saturating_mul(self.geometry.cluster_size()) > bytes_max {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "the refcount table is as long as the format's users accept: no more clusters",
+            ));
+        }
+        Ok(table_clusters)
+    }
+
+    /// The blocks that count new clusters and themselves, one after the other behind those clusters.
+    fn blocks_behind(&self, clusters: &Range<u64>) -> Vec<NewBlock> {
+        let mut new_blocks: Vec<NewBlock> = Vec::new();
+        let mut end = clusters.end;
+        let mut block = self.block_index(clusters.start);
+        while block <= self.block_index(end - 1) {
+            new_blocks.push(NewBlock {
+                block,
+                cluster: end,
+            });
+            end += 1;
+            block += 1;
+        }
+        new_blocks
+    }
+
     /// Moves the refcount table to a longer place past everything it covers now.
     async fn grow_table<S: Storage>(
         &self,
@@ -244,7 +277,6 @@ impl Allocator {
         start: u64,
         device_clusters: u64,
     ) -> Result<(), Error> {
-        let entries = self.geometry.refcount_block_entries();
         let per_cluster = self.geometry.cluster_size() / 8;
         let (mut table, old_offset, old_clusters) = {
             let state = lock(&self.state);
@@ -254,29 +286,11 @@ impl Allocator {
                 u64::from(state.table_clusters),
             )
         };
-        // Twice as long, or enough to reach `start` with room for a chunk.
-        let reach = (start + CHUNK_CLUSTERS_MIN).div_ceil(entries) + 1;
-        let table_clusters = (old_clusters * 2).max((reach + 1).div_ceil(per_cluster));
-        let bytes_max = REFTABLE_BYTES_MAX.max(self.geometry.cluster_size());
-        if table_clusters.saturating_mul(self.geometry.cluster_size()) > bytes_max {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                "the refcount table is as long as the format's users accept: no more clusters",
-            ));
-        }
+        let table_clusters = self.longer_table(start, old_clusters)?;
         // The table first, then every block that is needed to count the table and the blocks.
         let own = start..start + table_clusters;
-        let mut new_blocks: Vec<NewBlock> = Vec::new();
-        let mut end = own.end;
-        let mut block = self.block_index(start);
-        while block <= self.block_index(end - 1) {
-            new_blocks.push(NewBlock {
-                block,
-                cluster: end,
-            });
-            end += 1;
-            block += 1;
-        }
+        let new_blocks = self.blocks_behind(&own);
+        let end = own.end + to_u64(new_blocks.len());
         if end > device_clusters {
             return Err(Error::new(ErrorKind::NoSpace, "the image's device is full"));
         }

@@ -262,20 +262,13 @@ impl Allocator {
                 if let Some(run) = state.take_free(count) {
                     return Ok(run);
                 }
-                match state.next_scan(self.geometry.refcount_block_entries()) {
-                    Some(block) if scans_left > 0 => {
-                        scans_left -= 1;
-                        Need::Scan(block)
-                    }
-                    _ if state.growing => Need::WaitForGrowth(self.grown.listen()),
-                    _ => {
-                        state.growing = true;
-                        Need::Grow
-                    }
-                }
+                self.need_locked(&mut state, scans_left > 0)
             };
             match need {
-                Need::Scan(block) => self.scan(storage, block).await?,
+                Need::Scan(block) => {
+                    scans_left -= 1;
+                    self.scan(storage, block).await?;
+                }
                 Need::WaitForGrowth(listener) => listener.await,
                 Need::Grow => {
                     let ending = GrowthEnd { allocator: self };
@@ -296,6 +289,18 @@ impl Allocator {
                     drop(ending);
                     grown?;
                 }
+            }
+        }
+    }
+
+    /// What must happen where nothing free is known; who is to grow has the exclusive right to it.
+    fn need_locked(&self, state: &mut State, may_scan: bool) -> Need {
+        match state.next_scan(self.geometry.refcount_block_entries()) {
+            Some(block) if may_scan => Need::Scan(block),
+            _ if state.growing => Need::WaitForGrowth(self.grown.listen()),
+            _ => {
+                state.growing = true;
+                Need::Grow
             }
         }
     }

@@ -179,33 +179,53 @@ impl<S: Storage> Worker<S> {
             .map(HostOffset::get)
             .collect();
         active.name_tables(&tables);
-        let disk_size = self.disk_size(target);
-        let mut created = Vec::new();
-        for (entry, key) in entries.into_iter().zip(keys) {
-            let mut snapshot = info(&entry, disk_size);
-            snapshot.unsettled = true;
-            let root = Arc::new(Root {
-                id: snapshot.id.clone(),
-                name: snapshot.name.clone(),
-                l1: l1.clone(),
-                l1_offset: entry.l1_offset.get(),
-            });
-            let commit = is_v2.then(|| {
-                table.pending.push(entry.clone());
-                Arc::new(Pending { entry })
-            });
-            if !is_v2 {
-                lock(&snapshots.shown).push(snapshot.clone());
-            }
-            let total = to_u64(tables.len()) * mapping.geometry.cluster_size();
-            let work = snapshots.push(Task::Settle { root, key, commit }, total);
-            created.push(Created {
-                snapshot,
-                work,
-                durable: !is_v2,
-            });
+        let created = entries.into_iter().zip(keys);
+        Ok(created
+            .map(|(entry, key)| self.begin_settle(target, &mut table, entry, key, &l1))
+            .collect())
+    }
+
+    /// Shows a new snapshot, whose table is `l1`, and gives the background its settling to do. On v2
+    /// it is shown when that is done.
+    fn begin_settle(
+        &self,
+        target: Target<'_>,
+        table: &mut Table,
+        entry: SnapshotEntry,
+        key: u64,
+        l1: &[u64],
+    ) -> Created {
+        let Target {
+            mapping, active, ..
+        } = target;
+        let snapshots = &active.snapshots;
+        let is_v2 = mapping.version < 3;
+        let mut snapshot = info(&entry, self.disk_size(target));
+        snapshot.unsettled = true;
+        let root = Arc::new(Root {
+            id: snapshot.id.clone(),
+            name: snapshot.name.clone(),
+            l1: l1.into(),
+            l1_offset: entry.l1_offset.get(),
+        });
+        let commit = is_v2.then(|| {
+            table.pending.push(entry.clone());
+            Arc::new(Pending { entry })
+        });
+        if !is_v2 {
+            lock(&snapshots.shown).push(snapshot.clone());
         }
-        Ok(created)
+        let tables = l1
+            .iter()
+            .filter(|raw| L1Entry(**raw).table_offset().is_some())
+            .count();
+        let total = to_u64(tables) * mapping.geometry.cluster_size();
+        let work = snapshots.push(Task::Settle { root, key, commit }, total);
+        Created {
+            snapshot,
+            work,
+            durable: !is_v2,
+        }
     }
 
     async fn delete_locked(
@@ -225,27 +245,7 @@ impl<S: Storage> Worker<S> {
         let entry = all.remove(index);
         // Read before anything changes: what cannot be read cannot be given back.
         let l1 = self.read_l1(target, &entry).await?;
-        let bytes = Table::encode(&all)?;
-        let count = mapping.geometry.clusters_for(to_u64(bytes.len()));
-        let mut taken = Vec::new();
-        let committed: Result<(), Error> = async {
-            let start = if count > 0 {
-                self.counted_run(target, count, &mut taken).await?
-            } else {
-                0
-            };
-            self.flush().await?;
-            if mapping.version >= 3 && keeps!(DirtyBeforeChange) {
-                self.set_dirty(target).await?;
-            }
-            self.commit_table(target, &mut table, all, &bytes, (start, count))
-                .await
-        }
-        .await;
-        if let Err(error) = committed {
-            self.give_up(target, taken).await;
-            return Err(error);
-        }
+        self.replace_table(target, &mut table, all).await?;
         let disk_size = self.disk_size(target);
         let info = {
             let mut shown = lock(&snapshots.shown);
@@ -267,33 +267,49 @@ impl<S: Storage> Worker<S> {
         Ok((info, work))
     }
 
+    /// Puts these entries in the place of those in the file. Nothing is taken if that fails.
+    async fn replace_table(
+        &self,
+        target: Target<'_>,
+        table: &mut Table,
+        entries: Vec<SnapshotEntry>,
+    ) -> Result<(), Error> {
+        let mapping = target.mapping;
+        let bytes = Table::encode(&entries)?;
+        let count = mapping.geometry.clusters_for(to_u64(bytes.len()));
+        let mut taken = Vec::new();
+        let committed: Result<(), Error> = async {
+            let start = if count > 0 {
+                self.counted_run(target, count, &mut taken).await?
+            } else {
+                0
+            };
+            self.flush().await?;
+            if mapping.version >= 3 && keeps!(DirtyBeforeChange) {
+                self.set_dirty(target).await?;
+            }
+            self.commit_table(target, table, entries, &bytes, (start, count))
+                .await
+        }
+        .await;
+        if committed.is_err() {
+            self.give_up(target, taken).await;
+        }
+        committed
+    }
+
     /// On v2: the last act of a settle, when the references in the file are durable.
     pub(super) async fn commit_pending(
         &self,
         target: Target<'_>,
         pending: &Pending,
     ) -> Result<(), Error> {
-        let Target {
-            mapping, active, ..
-        } = target;
+        let active = target.active;
         let snapshots = &active.snapshots;
         let mut table = snapshots.table.lock().await;
         let mut all = table.entries.clone();
         all.push(pending.entry.clone());
-        let bytes = Table::encode(&all)?;
-        let count = mapping.geometry.clusters_for(to_u64(bytes.len()));
-        let mut taken = Vec::new();
-        let committed: Result<(), Error> = async {
-            let start = self.counted_run(target, count, &mut taken).await?;
-            self.flush().await?;
-            self.commit_table(target, &mut table, all, &bytes, (start, count))
-                .await
-        }
-        .await;
-        if let Err(error) = committed {
-            self.give_up(target, taken).await;
-            return Err(error);
-        }
+        self.replace_table(target, &mut table, all).await?;
         table.pending.retain(|entry| entry.id != pending.entry.id);
         let shown = info(&pending.entry, self.disk_size(target));
         lock(&snapshots.shown).push(shown);

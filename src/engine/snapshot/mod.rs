@@ -43,7 +43,7 @@ pub use self::background::Step;
 pub use self::commit::Created;
 pub(crate) use self::rebuild::Rebuild;
 pub use self::revert::revert;
-pub(crate) use self::table::Table;
+pub(crate) use self::table::{Table, info as snapshot_info};
 
 /// The longest name that QEMU's tools can pick a snapshot by, in bytes. Images of others may hold
 /// longer ones.

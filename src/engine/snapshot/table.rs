@@ -109,18 +109,14 @@ pub(crate) fn info(entry: &SnapshotEntry, disk_size: u64) -> SnapshotInfo {
 mod tests {
     use super::*;
 
-    fn entry(id: &str, name: &str) -> SnapshotEntry {
-        SnapshotEntry {
-            id: id.into(),
-            name: name.into(),
-            ..SnapshotEntry::default()
-        }
-    }
-
     #[test]
     fn snapshots_are_found_by_id_and_by_name() {
         let table = Table {
-            entries: vec![entry("7", "a"), entry("x", "b"), entry("3", "a")],
+            entries: vec![
+                SnapshotEntry::named("7", "a"),
+                SnapshotEntry::named("x", "b"),
+                SnapshotEntry::named("3", "a"),
+            ],
             ..Table::default()
         };
         let by = |id: Option<&str>, name: Option<&str>| {
@@ -139,7 +135,7 @@ mod tests {
 
     fn with_ids(ids: &[&str]) -> Table {
         Table {
-            entries: ids.iter().map(|id| entry(id, "a")).collect(),
+            entries: ids.iter().map(|id| SnapshotEntry::named(id, "a")).collect(),
             ..Table::default()
         }
     }

@@ -10,11 +10,12 @@ use std::process::Command;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::broken::{Broken, notices};
 use super::build::{Fill, Recipe, read_tree};
 use super::cuts::{self, Cuts, cut_tests};
 use super::stage::{Bytes, Ledger, Plan, Stage, flat, internal, open};
-use super::support::{IMAGE, Mix, Rig, Violation, chaos, violation};
-use crate::engine::order::{Rule, break_rule};
+use super::support::{IMAGE, Mix, Rig, Violation, chaos, small_caches, violation};
+use crate::engine::order::Rule;
 use crate::engine::{LayerFormat, LayerSpec, OpenOptions};
 use crate::format::Header;
 use crate::storage::FileId;
@@ -24,15 +25,6 @@ use crate::storage::sim::CutMode;
 const QEMU_EVERY: usize = 50;
 /// In one of so many the power goes once more.
 const CUT_AGAIN_EVERY: u64 = 6;
-
-fn small() -> OpenOptions {
-    OpenOptions {
-        l2_cache_size: Some(4 << 10),
-        l2_cache_entry_size: Some(512),
-        refcount_cache_size: Some(0),
-        ..OpenOptions::default()
-    }
-}
 
 /// Every kind of image that makes a difference to an overlay, or to what is below it.
 pub(super) fn plans() -> Vec<Plan> {
@@ -79,7 +71,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 },
                 ..plain(9, 64 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -102,7 +94,7 @@ pub(super) fn plans() -> Vec<Plan> {
             },
             internal: true,
             requests: 60,
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -147,7 +139,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 refcount_order: 6,
                 ..plain(9, 128 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -455,23 +447,12 @@ cut_tests! {
 
 #[test]
 fn every_order_of_overlays_is_missed_when_it_is_broken() {
-    struct Broken;
-    impl Drop for Broken {
-        fn drop(&mut self) {
-            break_rule(None);
-        }
-    }
     for rule in Rule::OVERLAY {
-        let broken = Broken;
-        break_rule(Some(rule));
+        let broken = Broken::new(rule);
         let noticed = plans().iter().find_map(|plan| {
             (1..=6).find_map(|seed| {
-                let check = || run(plan, seed, 4, 2000, usize::MAX, &mut HashSet::new());
-                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)) {
-                    Ok(Ok(())) => None,
-                    Ok(Err(violation)) => Some(format!("{} ({seed}): {violation}", plan.name)),
-                    Err(_) => Some("a panic".to_owned()),
-                }
+                let found = notices(|| run(plan, seed, 4, 2000, usize::MAX, &mut HashSet::new()))?;
+                Some(format!("{} ({seed}): {found}", plan.name))
             })
         });
         drop(broken);

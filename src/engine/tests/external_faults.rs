@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::build::{Fill, Recipe};
 use super::external::{judge, plans};
 use super::stage::{Plan, Stage, folder_of};
-use super::support::{Mix, Rig, Violation, chaos, seeds, violation};
+use super::support::{Mix, Rig, Violation, chaos, each_operation_fails_once, seeds, violation};
 use crate::engine::{ErrorKind, Image, State};
 use crate::storage::sim::{CutMode, OpKind};
 
@@ -174,18 +174,10 @@ fn every_operation_fails_once(kind: OpKind) {
             (libc::ENOSPC, true),
         ] {
             for seed in seeds(2) {
-                for nth in 1..=OPERATIONS_MAX {
-                    match run(&plan, seed, load, (kind, nth, errno)) {
-                        Ok(true) if nth < OPERATIONS_MAX => {}
-                        Ok(false) => break,
-                        Ok(true) => panic!("{}: more than {nth} operations", plan.name),
-                        Err(violation) => panic!(
-                            "{}, {kind:?} {nth}, errno {errno}, load {load}, SEED={seed}: \
-                             {violation}",
-                            plan.name
-                        ),
-                    }
-                }
+                let what = format!("{}, load {load}, SEED={seed}", plan.name);
+                each_operation_fails_once(&what, (kind, errno), OPERATIONS_MAX, |nth| {
+                    run(&plan, seed, load, (kind, nth, errno))
+                });
             }
         }
     }

@@ -4,7 +4,7 @@
 //! is Ready or Failed as the rules say, and what is in the file afterwards is at worst leaky.
 
 use super::build::{Fill, Recipe};
-use super::support::{Mix, Rig, Violation, chaos, seeds, violation};
+use super::support::{Mix, Rig, Violation, chaos, each_operation_fails_once, seeds, violation};
 use crate::engine::{ErrorKind, OpenOptions, State};
 use crate::storage::sim::{CutMode, OpKind, SimFileOptions};
 
@@ -123,17 +123,10 @@ fn every_operation_fails_once(kind: OpKind) {
     for (name, recipe) in recipes() {
         for errno in [libc::EIO, libc::ENOSPC] {
             for seed in seeds(1) {
-                for nth in 1..OPERATIONS_MAX {
-                    match run(recipe, seed, kind, nth, errno) {
-                        Ok(true) => {}
-                        Ok(false) => break,
-                        Err(violation) => {
-                            panic!(
-                                "{name}, {kind:?} {nth}, errno {errno}, SEED={seed}: {violation}"
-                            )
-                        }
-                    }
-                }
+                let what = format!("{name}, SEED={seed}");
+                each_operation_fails_once(&what, (kind, errno), OPERATIONS_MAX, |nth| {
+                    run(recipe, seed, kind, nth, errno)
+                });
             }
         }
     }

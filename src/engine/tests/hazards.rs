@@ -57,6 +57,16 @@ impl Rig {
         self.judge_closed()
     }
 
+    /// How often somebody is asked to write back, from now on.
+    fn counts_calls_for_write_back(&self) -> Arc<AtomicUsize> {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&asked);
+        self.image().set_write_back_sink(move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
+        asked
+    }
+
     /// Reads the whole disk, in pieces of `piece` sectors.
     fn read_all(&mut self, client: &Client, piece: u64) -> Result<(), Violation> {
         let sectors = self.model.borrow().sectors();
@@ -586,11 +596,7 @@ fn much_modified_metadata_is_asked_to_be_written_back_once_and_stops_no_request(
     };
     let recipe = Recipe::plain(9, 64 << 20);
     let mut rig = Rig::opened(recipe, 1, &options).expect("opens");
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&asked);
-    rig.image().set_write_back_sink(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-    });
+    let asked = rig.counts_calls_for_write_back();
     let client = rig.worker();
     for round in 1..3 {
         let writer = client.clone();
@@ -628,11 +634,7 @@ fn a_flush_leaves_most_of_what_was_discarded_to_the_background() {
         ..Recipe::plain(9, 1 << 20)
     };
     let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&asked);
-    rig.image().set_write_back_sink(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-    });
+    let asked = rig.counts_calls_for_write_back();
     let client = rig.worker();
     let guest = client.clone();
     let discard = async move {
@@ -698,11 +700,7 @@ fn a_guest_that_never_flushes_gets_its_clusters_back() {
         ..Recipe::plain(10, 40 << 20)
     };
     let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&asked);
-    rig.image().set_write_back_sink(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-    });
+    let asked = rig.counts_calls_for_write_back();
     let client = rig.worker();
     let guest = client.clone();
     let zero = async move {

@@ -15,6 +15,7 @@
 //!
 //! A failing test prints its seed; `SEED=n cargo test ...` replays it.
 
+mod broken;
 mod build;
 mod crash;
 mod cuts;

@@ -7,9 +7,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use super::broken::{Broken, notices};
 use super::build::{Fill, Recipe, read_snapshot, snapshot_entries};
-use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
-use crate::engine::order::{Rule, break_rule};
+use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, small_caches, violation};
+use crate::engine::order::Rule;
 use crate::engine::{NewSnapshot, OpenOptions, Selector, Step};
 use crate::storage::sim::{SimDisk, yield_now};
 
@@ -37,15 +38,6 @@ pub(super) struct Plan {
     pub(super) snapshots: u32,
     /// Most that are kept.
     pub(super) kept: usize,
-}
-
-fn small() -> OpenOptions {
-    OpenOptions {
-        l2_cache_size: Some(4 << 10),
-        l2_cache_entry_size: Some(512),
-        refcount_cache_size: Some(0),
-        ..OpenOptions::default()
-    }
 }
 
 /// Every kind of image that makes a difference to snapshots.
@@ -89,7 +81,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 },
                 ..plain(9, 96 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -99,7 +91,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 snapshot: true,
                 ..plain(10, 96 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -144,7 +136,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 refcount_order: 6,
                 ..plain(9, 96 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -166,7 +158,7 @@ pub(super) fn plans() -> Vec<Plan> {
                 refcount_order: 2,
                 ..plain(9, 64 << 10)
             },
-            options: small,
+            options: small_caches,
             ..base
         },
         Plan {
@@ -349,25 +341,12 @@ fn every_snapshot_under_load_is_one_instant_and_stays_so() {
 
 #[test]
 fn every_rule_of_snapshots_is_missed_when_it_is_broken() {
-    struct Broken;
-    impl Drop for Broken {
-        fn drop(&mut self) {
-            break_rule(None);
-        }
-    }
     for rule in CONCURRENT {
-        let broken = Broken;
-        break_rule(Some(rule));
+        let broken = Broken::new(rule);
         let noticed = plans().iter().find_map(|plan| {
             (1..=400).find_map(|seed| {
-                let check = || run(plan, seed);
-                let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check));
-                let text = match outcome {
-                    Ok(Ok(())) => return None,
-                    Ok(Err(violation)) => violation.to_string(),
-                    Err(_) => "a panic".to_owned(),
-                };
-                Some(format!("{} (seed {seed}): {text}", plan.name))
+                let found = notices(|| run(plan, seed))?;
+                Some(format!("{} (seed {seed}): {found}", plan.name))
             })
         });
         drop(broken);

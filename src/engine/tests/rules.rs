@@ -1,37 +1,11 @@
 //! Every ordering rule is switched off once, and the other tests' harness must notice.
 
 use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::broken::{Broken, notices};
 use super::crash::{Scenario, run, scenarios};
 use super::hazards;
-use super::support::Violation;
-use crate::engine::order::{Rule, break_rule};
-
-/// Puts the rule in force again, whatever happens.
-struct Broken;
-
-impl Broken {
-    fn new(rule: Rule) -> Self {
-        break_rule(Some(rule));
-        Self
-    }
-}
-
-impl Drop for Broken {
-    fn drop(&mut self) {
-        break_rule(None);
-    }
-}
-
-/// A panic of the engine's own assertions counts as noticing.
-fn notices(check: impl FnOnce() -> Result<(), Violation>) -> Option<String> {
-    match catch_unwind(AssertUnwindSafe(check)) {
-        Ok(Ok(())) => None,
-        Ok(Err(violation)) => Some(violation.to_string()),
-        Err(panic) => Some(format!("panic: {:?}", panic.downcast_ref::<String>())),
-    }
-}
+use crate::engine::order::Rule;
 
 /// The scenario that a rule is for, tried first.
 fn suspects(rule: Rule) -> Vec<Scenario> {

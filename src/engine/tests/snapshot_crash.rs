@@ -9,11 +9,12 @@ use std::collections::HashSet;
 use std::process::Command;
 use std::rc::Rc;
 
+use super::broken::{Broken, notices};
 use super::build::{read_snapshot, snapshot_entries};
 use super::cuts::{self, Cuts, cut_tests};
 use super::oracle::{CONCURRENT, Plan, Shelf, judge_shelf, plans, snapshots};
 use super::support::{IMAGE, Rig, Violation, chaos, violation};
-use crate::engine::order::{Rule, break_rule};
+use crate::engine::order::Rule;
 use crate::format::Header;
 
 /// Every so many states QEMU repairs a copy.
@@ -183,27 +184,15 @@ cut_tests! {
 
 #[test]
 fn every_order_of_snapshots_is_missed_when_it_is_broken() {
-    struct Broken;
-    impl Drop for Broken {
-        fn drop(&mut self) {
-            break_rule(None);
-        }
-    }
     // The others are about what runs side by side (see `oracle`).
     let durable = Rule::SNAPSHOT
         .into_iter()
         .filter(|rule| !CONCURRENT.contains(rule));
     for rule in durable {
-        let broken = Broken;
-        break_rule(Some(rule));
+        let broken = Broken::new(rule);
         let noticed = plans().iter().find_map(|plan| {
             (1..=12).find_map(|seed| {
-                let check = || run(plan, seed, 3, 2000, usize::MAX, &mut HashSet::new());
-                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)) {
-                    Ok(Ok(())) => None,
-                    Ok(Err(violation)) => Some(violation.to_string()),
-                    Err(_) => Some("a panic".to_owned()),
-                }
+                notices(|| run(plan, seed, 3, 2000, usize::MAX, &mut HashSet::new()))
             })
         });
         drop(broken);

@@ -10,7 +10,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::build::{Fill, Recipe, read_snapshot, read_tree, snapshot_entries};
-use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
+use super::support::{
+    Client, IMAGE, Mix, Rig, Violation, chaos, each_operation_fails_once, seeds, violation,
+};
 use crate::engine::{
     BackgroundKind, Error, ErrorKind, NewSnapshot, OpenOptions, Selector, State, Step,
 };
@@ -333,14 +335,7 @@ fn run(
 
 fn each_fails_once(kind: OpKind, run: impl Fn(i32, u64) -> Result<bool, Violation>, what: &str) {
     for errno in errnos(kind).iter().copied() {
-        for nth in 1..=OPERATIONS_MAX {
-            match run(errno, nth) {
-                Ok(true) if nth < OPERATIONS_MAX => {}
-                Ok(true) => panic!("{what}: more than {nth} operations"),
-                Ok(false) => break,
-                Err(violation) => panic!("{what}, {kind:?} {nth}, errno {errno}: {violation}"),
-            }
-        }
+        each_operation_fails_once(what, (kind, errno), OPERATIONS_MAX, |nth| run(errno, nth));
     }
 }
 

@@ -57,6 +57,34 @@ pub(super) fn seeds(count: u64) -> std::ops::Range<u64> {
     }
 }
 
+/// Caches so small that slices are evicted all the time.
+pub(super) fn small_caches() -> OpenOptions {
+    OpenOptions {
+        l2_cache_size: Some(4 << 10),
+        l2_cache_entry_size: Some(512),
+        refcount_cache_size: Some(0),
+        ..OpenOptions::default()
+    }
+}
+
+/// Lets the first operation of a kind fail, then the second, until `run` says that there was none so
+/// late; there are at most `operations_max`.
+pub(super) fn each_operation_fails_once(
+    what: &str,
+    (kind, errno): (OpKind, i32),
+    operations_max: u64,
+    run: impl Fn(u64) -> Result<bool, Violation>,
+) {
+    for nth in 1..operations_max {
+        match run(nth) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(violation) => panic!("{what}, {kind:?} {nth}, errno {errno}: {violation}"),
+        }
+    }
+    panic!("{what}, {kind:?}, errno {errno}: {operations_max} operations or more");
+}
+
 /// See the module text.
 pub(super) struct Rig {
     pub(super) recipe: Recipe,

@@ -10,7 +10,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::{RefCounts, Role, Survey, Surveyor, TableUse, neighbours};
+use super::l2::{TableUse, neighbours};
+use super::role::Role;
+use super::{RefCounts, Survey, Surveyor};
 use crate::engine::check::report::{Report, Severity};
 use crate::engine::error::{Error, ErrorKind};
 use crate::engine::source::{Layout, Source};
