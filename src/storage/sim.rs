@@ -1,8 +1,8 @@
 //! The simulated disk (tests only): everything a host may do to us, from one seed.
 //!
 //! [`SimDisk`] holds files with a *current* content (what reads see) and a *durable* one (what a power
-//! cut leaves), [`SimStorage`] is [`Storage`] on it, [`Driver`] runs tasks and completes operations in
-//! an order drawn from a seed. Same seed, same program: same run.
+//! cut leaves), [`SimStorage`] is [`Storage`](super::Storage) on it, [`Driver`] runs tasks and
+//! completes operations in an order drawn from a seed. Same seed, same program: same run.
 //!
 //! What may happen, and does:
 //! - Operations are held until the scheduler completes them, in any order. Until then a write is

@@ -40,9 +40,7 @@ impl Scratch {
         if !have_tools(test, &["qemu-img"]) {
             return None;
         }
-        let dir = TempDir::with_prefix("qblkd-").unwrap();
-        let file = dir.path().join("disk.qcow2");
-        qemu::create(&file, DISK_BYTES, "cluster_size=64k").unwrap();
+        let (dir, file) = qemu::new_image(DISK_BYTES).unwrap();
         let control = dir.path().join("control.sock");
         let server = Server::start([
             OsStr::new("--blk-file"),

@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
-use tempfile::TempDir;
 
 /// A kill comes at a random moment between these.
 const WORK_MIN: Duration = Duration::from_millis(100);
@@ -35,9 +34,7 @@ const ROUNDS_EACH: u32 = 4;
 #[test]
 fn flushed_sectors_survive_twenty_kills() {
     if have_tools("flushed_sectors_survive_twenty_kills", TOOLS) {
-        let dir = TempDir::with_prefix("qblkd-").unwrap();
-        let file = dir.path().join("disk.qcow2");
-        qemu::create(&file, DISK_BYTES, "cluster_size=64k").unwrap();
+        let (dir, file) = qemu::new_image(DISK_BYTES).unwrap();
         let subject = Subject {
             arguments: vec!["--blk-file".into(), file.clone().into()],
             file,
@@ -204,9 +201,7 @@ fn work_until_killed(
 fn a_killed_server_leaves_an_image_that_the_next_one_opens_at_once() {
     let name = "a_killed_server_leaves_an_image_that_the_next_one_opens_at_once";
     if have_tools(name, TOOLS) {
-        let dir = TempDir::with_prefix("qblkd-").unwrap();
-        let file = dir.path().join("disk.qcow2");
-        qemu::create(&file, DISK_BYTES, "cluster_size=64k").unwrap();
+        let (_dir, file) = qemu::new_image(DISK_BYTES).unwrap();
         let arguments = [OsStr::new("--blk-file"), file.as_os_str()];
         for _ in 0..5 {
             let server = Server::start(arguments).unwrap();

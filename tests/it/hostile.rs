@@ -50,9 +50,7 @@ struct Victim {
 
 impl Victim {
     fn new() -> Self {
-        let dir = TempDir::with_prefix("qblkd-").unwrap();
-        let file = dir.path().join("disk.qcow2");
-        qemu::create(&file, DISK_BYTES, "cluster_size=64k").unwrap();
+        let (dir, file) = qemu::new_image(DISK_BYTES).unwrap();
         let words = ["--num-queues", "4", "--log", "off", "--blk-file"].map(OsStr::new);
         let server = Server::start(words.into_iter().chain([file.as_os_str()])).unwrap();
         Self {

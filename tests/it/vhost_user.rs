@@ -45,9 +45,7 @@ impl Scratch {
         if !have_tools(test, &["qemu-img"]) {
             return None;
         }
-        let dir = TempDir::with_prefix("qblkd-").unwrap();
-        let file = dir.path().join("disk.qcow2");
-        qemu::create(&file, DISK_BYTES, "cluster_size=64k").unwrap();
+        let (dir, file) = qemu::new_image(DISK_BYTES).unwrap();
         Some(Self { dir, file })
     }
 

@@ -7,9 +7,10 @@ use super::Failure;
 use super::command::{LIMIT, run_command};
 use super::corpus::{self, Image};
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
+use tempfile::TempDir;
 
 /// Exit codes of `qemu-img check`, and so of `qblkd check`.
 pub(crate) const CHECK_CLEAN: i32 = 0;
@@ -82,6 +83,14 @@ pub(crate) fn create(file: &Path, size: u64, options: &str) -> Result<(), Failur
     command.args(["create", "-q", "-f", "qcow2", "-o", options]);
     run_command(command.arg(file).arg(size.to_string()), LIMIT)?.success()?;
     Ok(())
+}
+
+/// An empty image of 64 KiB clusters in a folder of its own.
+pub(crate) fn new_image(size: u64) -> Result<(TempDir, PathBuf), Failure> {
+    let dir = TempDir::with_prefix("qblkd-")?;
+    let file = dir.path().join("disk.qcow2");
+    create(&file, size, "cluster_size=64k")?;
+    Ok((dir, file))
 }
 
 /// What a tool prints as JSON.
