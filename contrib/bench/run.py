@@ -208,7 +208,7 @@ def stop(process):
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=120)  # it may have much to make durable
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
