@@ -80,7 +80,8 @@ impl Ring {
 
     /// Queues a vectored read of a host file. `token` comes back from [`Ring::reap`] with the bare
     /// result: it may be short, or an errno such as EAGAIN; the care is the caller's, most simply
-    /// by doing it again on the slow path. `direct_ok` must hold ([`HostFile::direct_ok`]).
+    /// by doing it again on the slow path.
+    /// [`HostFile::direct_ok`](super::HostFile::direct_ok) must hold.
     ///
     /// # Errors
     /// [`Full`]; nothing happened then.
