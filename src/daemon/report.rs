@@ -62,11 +62,7 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: self.background.chain().virtual_size(
-                index,
-                node,
-                self.config.image.snapshot.is_some(),
-            ),
+            virtual_size_bytes: self.background.chain().virtual_size(index, node),
             actual_size_bytes: node
                 .layer
                 .file
