@@ -15,6 +15,7 @@ use crate::control::job::JobInfo;
 use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
 use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo};
+use crate::format::Header;
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -94,9 +95,10 @@ impl<'a> Report<'a> {
                     let snapshots = self.background.snapshots();
                     snapshots.iter().map(InternalSnapshotInfo::from).collect()
                 } else {
-                    let size = info.header.size;
                     let snapshots = info.snapshots.iter();
-                    snapshots.map(|entry| snapshot(entry, size)).collect()
+                    snapshots
+                        .map(|entry| snapshot(entry, &info.header))
+                        .collect()
                 },
             }),
         }
@@ -176,7 +178,7 @@ fn bytes(name: &[u8]) -> String {
 }
 
 /// A snapshot of a backing file, which nobody changes.
-fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
+fn snapshot(entry: &SnapshotEntry, header: &Header) -> InternalSnapshotInfo {
     InternalSnapshotInfo::from(&SnapshotInfo {
         id: bytes(&entry.id),
         name: bytes(&entry.name),
@@ -184,9 +186,9 @@ fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
         date_nsec: entry.date_nsec,
         vm_clock_nsec: entry.vm_clock_nsec,
         vm_state_size: entry.vm_state_size(),
-        disk_size: entry.disk_size().unwrap_or(disk_size),
+        disk_size: entry.disk_size().unwrap_or(header.size),
         icount: entry.icount(),
-        unsettled: false,
+        unsettled: header.is_dirty(),
     })
 }
 

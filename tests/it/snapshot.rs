@@ -639,6 +639,12 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
     let mut client = scratch.client()?;
     let mut driver = Driver::connect(&server.socket)?;
     ensure(driver.request(IN, 0, 4096, WRITE)? == OK, || {
+    // Which of them were settled is not to be known from the file.
+    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
+    let mut rows = listed.lines().skip(1);
+    ensure(rows.all(|row| row.ends_with("  unsettled")), || {
+        listed.clone()
+    })?;
         "a read failed".to_owned()
     })?;
     ensure(driver.get::<u8>(DATA)? == 0x5a, || {
@@ -657,6 +663,8 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
     let content = run(
         "qemu-io",
         [
+    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
+    ensure(!listed.contains("unsettled"), || listed.clone())?;
             OsStr::new("-r"),
             OsStr::new("-f"),
             OsStr::new("qcow2"),
