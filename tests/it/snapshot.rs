@@ -8,6 +8,7 @@ use crate::support::driver::{DATA, Driver, FLUSH_REQUEST, IN, IOERR, OK, OUT, WR
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
+use crate::support::terminal::{self, Shown};
 use crate::support::{Failure, QBLKD, ensure, for_each_case, have_tools};
 use serde_json::{Value, json};
 use std::ffi::{OsStr, OsString};
@@ -74,6 +75,10 @@ impl Scratch {
 
     /// Runs `qblkd snapshot`; `online` through the server.
     fn tool(&self, online: bool, words: &[&str]) -> Result<Finished, Failure> {
+        run(QBLKD, self.tool_words(online, words))
+    }
+
+    fn tool_words(&self, online: bool, words: &[&str]) -> Vec<OsString> {
         let target = if online {
             ["--control".into(), self.control.clone().into_os_string()]
         } else {
@@ -82,7 +87,7 @@ impl Scratch {
         let mut all: Vec<OsString> = vec!["snapshot".into()];
         all.extend(words.iter().map(OsString::from));
         all.extend(target);
-        run(QBLKD, all)
+        all
     }
 
     /// The content of a snapshot, as QEMU reads it.
@@ -634,17 +639,17 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
     ensure(scratch.is_dirty()?, || {
         "the dirty bit is not there".to_owned()
     })?;
-
-    let server = scratch.serve(&[])?;
-    let mut client = scratch.client()?;
-    let mut driver = Driver::connect(&server.socket)?;
-    ensure(driver.request(IN, 0, 4096, WRITE)? == OK, || {
     // Which of them were settled is not to be known from the file.
     let listed = scratch.tool(false, &["list"])?.success()?.stdout;
     let mut rows = listed.lines().skip(1);
     ensure(rows.all(|row| row.ends_with("  unsettled")), || {
         listed.clone()
     })?;
+
+    let server = scratch.serve(&[])?;
+    let mut client = scratch.client()?;
+    let mut driver = Driver::connect(&server.socket)?;
+    ensure(driver.request(IN, 0, 4096, WRITE)? == OK, || {
         "a read failed".to_owned()
     })?;
     ensure(driver.get::<u8>(DATA)? == 0x5a, || {
@@ -658,13 +663,13 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
         "the dirty bit is still there".to_owned()
     })?;
     qemu::expect_check(&scratch.file, &[CHECK_CLEAN, CHECK_LEAKS])?;
+    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
+    ensure(!listed.contains("unsettled"), || listed.clone())?;
     let names = scratch.names()?;
     ensure(names == taken, || format!("{names:?}"))?;
     let content = run(
         "qemu-io",
         [
-    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
-    ensure(!listed.contains("unsettled"), || listed.clone())?;
             OsStr::new("-r"),
             OsStr::new("-f"),
             OsStr::new("qcow2"),
@@ -725,6 +730,73 @@ fn people(scratch: &Scratch, online: bool) -> Result<(), Failure> {
         let nowhere = run(QBLKD, ["snapshot"].iter().chain(bad))?;
         assert_eq!(nowhere.code()?, 1, "{nowhere:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_tool_shows_how_far_the_work_is_on_a_terminal_only() -> Result<(), Failure> {
+    let test = "the_tool_shows_how_far_the_work_is_on_a_terminal_only";
+    if !have_tools(test, terminal::TOOLS) {
+        return Ok(());
+    }
+    let scratch = Scratch::large()?;
+    for (command, message) in [
+        ("create", "counting references"),
+        ("delete", "giving space back"),
+        ("create", "counting references"),
+        ("revert", "counting all references anew"),
+    ] {
+        let words = scratch.tool_words(false, &[command, "seen", "--wait"]);
+        let mut shown = Shown::start(terminal::command(QBLKD, words))?;
+        shown.wait_for(message)?;
+        shown.wait_for("%")?;
+        assert_eq!(shown.finish()?, Some(0), "{command}");
+        let name = if command == "revert" { "seen" } else { "piped" };
+        let piped = scratch.tool(false, &[command, name, "--wait"])?.success()?;
+        assert_eq!((&*piped.stdout, &*piped.stderr), ("", ""), "{command}");
+    }
+    Ok(())
+}
+
+/// The same through the server, with the work held until it has been seen.
+#[test]
+fn the_tool_shows_how_far_a_job_is_on_a_terminal() -> Result<(), Failure> {
+    let test = "the_tool_shows_how_far_a_job_is_on_a_terminal";
+    if !have_tools(test, terminal::TOOLS) {
+        return Ok(());
+    }
+    let scratch = Scratch::large()?;
+    let server = scratch.serve(&[])?;
+    let mut client = scratch.client()?;
+    let (names, held) = take_and_hold(&mut client)?;
+    let seen = names.last().ok_or("no snapshot")?;
+    let mut hold = |job: &str, speed: u64| {
+        let limit = json!({ "device": job, "speed": speed });
+        execute(&mut client, "block-job-set-speed", &limit).map(drop)
+    };
+    let watch = |words: &[&str]| {
+        let words = scratch.tool_words(true, words);
+        Shown::start(terminal::command(QBLKD, words))
+    };
+    let mut create = watch(&["create", "seen", "--wait"])?;
+    create.wait_for("waiting for earlier work")?;
+    let mut observer = scratch.client()?;
+    let settle = job_ids(&mut observer)?.pop().ok_or("no job")?;
+    assert!(settle.starts_with("settle-"), "{settle}");
+    hold(&settle, 1)?;
+    let mut delete = watch(&["delete", seen, "--wait"])?;
+    delete.wait_for("waiting for earlier work")?;
+    let giving_back = job_ids(&mut observer)?.pop().ok_or("no job")?;
+    assert!(giving_back.starts_with("delete-"), "{giving_back}");
+    hold(&giving_back, 1)?;
+    hold(&held, 0)?;
+    create.wait_for("counting references")?;
+    hold(&settle, 0)?;
+    assert_eq!(create.finish()?, Some(0));
+    delete.wait_for("giving space back")?;
+    hold(&giving_back, 0)?;
+    assert_eq!(delete.finish()?, Some(0));
+    assert_eq!(server.terminate()?.code()?, 0);
     Ok(())
 }
 
