@@ -8,6 +8,7 @@ use std::sync::Arc;
 use clap::Parser;
 use qblkd::args::Cli;
 use qblkd::config::{CAPABILITIES, Config, ServeConfig};
+use qblkd::tools::Exit;
 use qblkd::{daemon, tools};
 use signal_hook::consts::SIGXFSZ;
 
@@ -17,23 +18,17 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version come this way too, with success.
-            let code = u8::from(error.use_stderr());
-            return if error.print().is_ok() {
-                ExitCode::from(code)
-            } else {
-                ExitCode::FAILURE
+            let exit = match error.use_stderr() {
+                true => Exit::Failure,
+                false => Exit::Success,
             };
+            return tools::printed(error.print(), exit).into();
         }
     };
     match Config::try_from(cli) {
         Ok(Config::Serve(config)) => serve(&config),
         Ok(Config::PrintCapabilities) => {
-            let printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
-            if printed.is_ok() {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
+            tools::print(&format!("{CAPABILITIES}\n"), Exit::Success).into()
         }
         Ok(Config::Create(config)) => tools::create(&config).into(),
         Ok(Config::Info(config)) => tools::info(&config).into(),

@@ -314,31 +314,57 @@ fn qcow2_specific(qcow2: &Qcow2Info) -> Value {
     })
 }
 
-/// `query-blockstats` without `query-nodes`: a list of one `BlockStats`, and our own counters
-/// under `x-qblkd`.
+/// `query-blockstats` without `query-nodes`: a list of one `BlockStats`, with those of the backing
+/// chain inside, and our own counters under `x-qblkd`. Built from the base upwards, like
+/// [`image_chain`].
 pub(super) fn device_stats_list(device: &DeviceInfo, stats: &DeviceStats) -> Value {
-    let node_name = device.chain.first().map(|active| &active.node_name);
-    json!([{
-        "device": device.name,
-        "node-name": node_name,
-        "stats": device_stats(stats),
-        "x-qblkd": { "workers": stats.workers },
-    }])
+    let mut below = None;
+    for index in (0..device.chain.len()).rev() {
+        let mut value = node_stats(device, index, stats);
+        if let Some(below) = below {
+            value.insert("backing".into(), Value::Object(below));
+        }
+        below = Some(value);
+    }
+    let mut value = below.unwrap_or_default();
+    value.insert("device".into(), json!(device.name));
+    value.insert("x-qblkd".into(), json!({ "workers": stats.workers }));
+    json!([value])
 }
 
-/// `query-blockstats` with `query-nodes`: one entry per image. Requests are counted where the guest
-/// makes them, so only the active image has any.
+/// `query-blockstats` with `query-nodes`: one entry per image.
 pub(super) fn node_stats_list(device: &DeviceInfo, stats: &DeviceStats) -> Value {
-    let none = DeviceStats::default();
-    let entry = |(index, info): (usize, &NodeInfo)| {
-        let stats = if index == 0 { stats } else { &none };
-        json!({ "node-name": info.node_name, "stats": device_stats(stats) })
-    };
-    device.chain.iter().enumerate().map(entry).collect()
+    (0..device.chain.len())
+        .map(|index| Value::Object(node_stats(device, index, stats)))
+        .collect()
 }
 
-/// `BlockDeviceStats`.
-fn device_stats(stats: &DeviceStats) -> Value {
+/// `BlockStats` of image `index` of the chain, with those of its file as `parent`. Requests are
+/// counted where the guest makes them, so only the active image has any, and only its file is
+/// written to.
+fn node_stats(device: &DeviceInfo, index: usize, stats: &DeviceStats) -> Map<String, Value> {
+    let none = DeviceStats::default();
+    let file = DeviceStats {
+        write_highest_offset: stats.write_highest_offset,
+        ..DeviceStats::default()
+    };
+    let (of_image, of_file) = if index == 0 {
+        (stats, &file)
+    } else {
+        (&none, &none)
+    };
+    let mut value = Map::new();
+    value.insert("node-name".into(), json!(device.chain[index].node_name));
+    value.insert("stats".into(), device_stats(of_image, index == 0));
+    // No node of its own: it has no name.
+    let parent = json!({ "stats": device_stats(of_file, false) });
+    value.insert("parent".into(), parent);
+    value
+}
+
+/// `BlockDeviceStats`. `counts`: what fails and what is refused is in the times, where requests are
+/// counted.
+fn device_stats(stats: &DeviceStats, counts: bool) -> Value {
     let mut value = Map::new();
     let kinds = [
         ("rd", &stats.read),
@@ -368,8 +394,8 @@ fn device_stats(stats: &DeviceStats) -> Value {
     if let Some(idle) = stats.idle_time_ns {
         value.insert("idle_time_ns".into(), json!(idle));
     }
-    value.insert("account_invalid".into(), json!(false));
-    value.insert("account_failed".into(), json!(false));
+    value.insert("account_invalid".into(), json!(counts));
+    value.insert("account_failed".into(), json!(counts));
     value.insert("timed_stats".into(), json!([]));
     Value::Object(value)
 }

@@ -474,26 +474,43 @@ fn blockstats_have_every_member_that_typed_clients_require() {
     let mut bench = Bench::new();
     let mut client = bench.negotiated();
     let reply = bench.ask(&mut client, r#"{"execute":"query-blockstats"}"#);
-    let stats = json!({
+    let mut none = json!({ "account_invalid": false, "account_failed": false, "timed_stats": [] });
+    for kind in ["rd", "wr", "flush", "unmap", "zone_append"] {
+        let mut members = vec![
+            format!("{kind}_operations"),
+            format!("failed_{kind}_operations"),
+            format!("invalid_{kind}_operations"),
+            format!("{kind}_total_time_ns"),
+        ];
+        if kind != "flush" {
+            members.extend([format!("{kind}_bytes"), format!("{kind}_merged")]);
+        }
+        for member in members {
+            none[member] = json!(0);
+        }
+    }
+    let with = |members: Value| {
+        let mut stats = none.clone();
+        let changed = members.as_object().expect("an object").clone();
+        stats.as_object_mut().expect("an object").extend(changed);
+        stats
+    };
+    let stats = with(json!({
         "rd_operations": 6, "failed_rd_operations": 1, "invalid_rd_operations": 2,
-        "rd_total_time_ns": 99, "rd_bytes": 4096, "rd_merged": 0,
+        "rd_total_time_ns": 99, "rd_bytes": 4096, "wr_highest_offset": 12345,
         "rd_latency_histogram": { "boundaries": [10, 100], "bins": [1, 2, 3] },
-        "wr_operations": 0, "failed_wr_operations": 0, "invalid_wr_operations": 0,
-        "wr_total_time_ns": 0, "wr_bytes": 0, "wr_merged": 0,
-        "flush_operations": 0, "failed_flush_operations": 0, "invalid_flush_operations": 0,
-        "flush_total_time_ns": 0,
-        "unmap_operations": 0, "failed_unmap_operations": 0, "invalid_unmap_operations": 0,
-        "unmap_total_time_ns": 0, "unmap_bytes": 0, "unmap_merged": 0,
-        "zone_append_operations": 0, "failed_zone_append_operations": 0,
-        "invalid_zone_append_operations": 0, "zone_append_total_time_ns": 0,
-        "zone_append_bytes": 0, "zone_append_merged": 0,
-        "wr_highest_offset": 12345, "account_invalid": false, "account_failed": false,
-        "timed_stats": [],
-    });
+        "account_invalid": true, "account_failed": true,
+    }));
+    let file = with(json!({ "wr_highest_offset": 12345 }));
+    let unused = with(json!({ "wr_highest_offset": 0 }));
     assert_eq!(
         reply,
         [json!({ "return": [{
             "device": "disk0", "node-name": "disk0", "stats": stats,
+            "parent": { "stats": file },
+            "backing": {
+                "node-name": "disk0.1", "stats": unused, "parent": { "stats": unused },
+            },
             "x-qblkd": { "workers": [{
                 "worker": 0, "metadata-cache-hits": 7, "metadata-cache-misses": 8,
                 "put-table-hits": 9,
@@ -503,14 +520,17 @@ fn blockstats_have_every_member_that_typed_clients_require() {
 }
 
 #[test]
-fn blockstats_by_node_have_no_device() {
+fn blockstats_by_node_have_no_device_and_no_chain() {
     let mut bench = Bench::new();
     let mut client = bench.negotiated();
     let request = r#"{"execute":"query-blockstats","arguments":{"query-nodes":true}}"#;
     let nodes = &bench.ask(&mut client, request)[0]["return"];
     assert_eq!(nodes[0].get("device"), None);
+    assert_eq!(nodes[0].get("backing"), None);
     assert_eq!(nodes[0]["stats"]["rd_operations"], 6);
+    assert_eq!(nodes[0]["parent"]["stats"]["wr_highest_offset"], 12345);
     assert_eq!(nodes[1]["stats"]["rd_operations"], 0);
+    assert_eq!(nodes[1]["parent"]["stats"]["wr_highest_offset"], 0);
 }
 
 #[test]

@@ -69,10 +69,11 @@ impl Chain {
         })
     }
 
-    /// Bytes of the disk of a layer, which `node` is about.
-    pub(super) fn virtual_size(&self, index: usize, node: &Node, of_snapshot: bool) -> u64 {
+    /// Bytes of the disk of a layer, which `node` is about. That of the active one may be another than
+    /// when it was opened (a revert), or is that of a snapshot.
+    pub(super) fn virtual_size(&self, index: usize, node: &Node) -> u64 {
         match &node.info {
-            Some(_) if index == 0 && of_snapshot => self.image.virtual_size(),
+            _ if index == 0 => self.image.virtual_size(),
             Some(info) => info.header.size,
             None => node.layer.file.len().unwrap_or(0),
         }

@@ -14,7 +14,8 @@ use crate::control::info::{
 use crate::control::job::JobInfo;
 use crate::control::{CommandError, Event, Handler, IoErrorAction, IoOperation, Order, Ticket};
 use crate::device::{LATENCY_BUCKETS, OperationKind, OperationSnapshot, Server};
-use crate::engine::{ImageEvent, LayerFormat, snapshot_info};
+use crate::engine::{ImageEvent, LayerFormat, SnapshotInfo, snapshot_info};
+use crate::format::Header;
 use crate::format::header::CompressionType;
 use crate::format::snapshot::SnapshotEntry;
 
@@ -62,11 +63,7 @@ impl<'a> Report<'a> {
                 direct: cache.is_direct(),
                 no_flush: cache.ignores_flush(),
             },
-            virtual_size_bytes: self.background.chain().virtual_size(
-                index,
-                node,
-                self.config.image.snapshot.is_some(),
-            ),
+            virtual_size_bytes: self.background.chain().virtual_size(index, node),
             actual_size_bytes: node
                 .layer
                 .file
@@ -98,9 +95,10 @@ impl<'a> Report<'a> {
                     let snapshots = self.background.snapshots();
                     snapshots.iter().map(InternalSnapshotInfo::from).collect()
                 } else {
-                    let size = info.header.size;
                     let snapshots = info.snapshots.iter();
-                    snapshots.map(|entry| snapshot(entry, size)).collect()
+                    snapshots
+                        .map(|entry| snapshot(entry, &info.header))
+                        .collect()
                 },
             }),
         }
@@ -180,8 +178,11 @@ fn bytes(name: &[u8]) -> String {
 }
 
 /// A snapshot of a backing file, which nobody changes.
-fn snapshot(entry: &SnapshotEntry, disk_size: u64) -> InternalSnapshotInfo {
-    InternalSnapshotInfo::from(&snapshot_info(entry, disk_size))
+fn snapshot(entry: &SnapshotEntry, header: &Header) -> InternalSnapshotInfo {
+    InternalSnapshotInfo::from(&SnapshotInfo {
+        unsettled: header.is_dirty(),
+        ..snapshot_info(entry, header.size)
+    })
 }
 
 fn operations<'a>(snapshots: impl Iterator<Item = &'a OperationSnapshot>) -> OperationStats {

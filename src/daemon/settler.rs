@@ -590,7 +590,8 @@ impl Settling<'_> {
     /// Goes back to an internal snapshot.
     fn revert(&mut self, selector: &Selector) -> Result<SnapshotInfo, Error> {
         // Before the part that may take long; what counts is asked again.
-        revert::refuse_in_use(&self.service.pauser.pause())?;
+        let Service { chain, pauser, .. } = &self.service;
+        drop(revert::Unused::stop(chain, pauser, selector)?);
         self.work_off()?;
         self.drain()?;
         let Service {

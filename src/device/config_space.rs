@@ -48,10 +48,9 @@ mod field {
     pub(super) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
-/// Facts about the disk that the configuration space shows.
+/// Facts about the disk that the configuration space shows, and that stay.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
-    pub(super) sector_count: u64,
     /// Logical block size in bytes: a power of two from 512 on.
     pub(super) block_size: u32,
     pub(super) cluster_size: u64,
@@ -63,6 +62,8 @@ pub(super) struct Geometry {
 #[derive(Debug)]
 pub(super) struct ConfigSpace {
     geometry: Geometry,
+    /// Size of the disk. Changes only while no front-end is connected: none has read another one.
+    sector_count: AtomicU64,
     /// The `writeback` field at start and after a reset.
     writeback_default: bool,
     /// The `writeback` field: read by workers for each write, written by the control thread.
@@ -76,9 +77,10 @@ fn bit(number: u32) -> u64 {
 }
 
 impl ConfigSpace {
-    pub(super) fn new(geometry: Geometry, writeback: bool) -> Self {
+    pub(super) fn new(sector_count: u64, geometry: Geometry, writeback: bool) -> Self {
         Self {
             geometry,
+            sector_count: AtomicU64::new(sector_count),
             writeback_default: writeback,
             writeback: AtomicBool::new(writeback),
             accepted: AtomicU64::new(0),
@@ -119,6 +121,11 @@ impl ConfigSpace {
 
     pub(super) fn accept(&self, features: u64) {
         self.accepted.store(features, Ordering::Release);
+    }
+
+    /// Gives the disk another size. Only while no front-end is connected.
+    pub(super) fn set_sector_count(&self, sector_count: u64) {
+        self.sector_count.store(sector_count, Ordering::Release);
     }
 
     /// Back to the state before any driver.
@@ -163,7 +170,8 @@ impl ConfigSpace {
         let mut put = |offset: usize, bytes: &[u8]| {
             config[offset..offset + bytes.len()].copy_from_slice(bytes);
         };
-        put(field::CAPACITY, &geometry.sector_count.to_le_bytes());
+        let sector_count = self.sector_count.load(Ordering::Acquire);
+        put(field::CAPACITY, &sector_count.to_le_bytes());
         put(field::SIZE_MAX, &SEGMENT_SIZE_MAX.to_le_bytes());
         put(field::SEG_MAX, &SEGMENT_COUNT_MAX.to_le_bytes());
         put(field::BLK_SIZE, &geometry.block_size.to_le_bytes());
@@ -204,8 +212,8 @@ mod tests {
 
     fn space() -> ConfigSpace {
         ConfigSpace::new(
+            0x1122_3344,
             Geometry {
-                sector_count: 0x1122_3344,
                 block_size: 512,
                 cluster_size: 65536,
                 queue_count: 16,
@@ -268,7 +276,7 @@ mod tests {
     fn a_read_only_disk_offers_neither_discard_nor_write_zeroes() {
         let mut geometry = space().geometry;
         geometry.read_only = true;
-        let features = ConfigSpace::new(geometry, true).features();
+        let features = ConfigSpace::new(8, geometry, true).features();
         assert_eq!(features & (1 << 13 | 1 << 14), 0);
         assert_ne!(features & 1 << 5, 0);
     }

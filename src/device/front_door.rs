@@ -24,8 +24,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{debug, error, info, warn};
 use thiserror::Error;
@@ -198,19 +198,29 @@ enum Ending {
 }
 
 /// Serves front-ends until `stop` is signalled, or the only one has left. `new_backend` makes the
-/// device's side of a connection.
+/// device's side of a connection. `door` is held while one is served; who holds it keeps the next
+/// one waiting, with nothing told and nothing read.
 pub(super) fn serve(
     front_end: FrontEnd,
     private: &mut PrivateListener,
+    door: &Mutex<()>,
     stop: &EventFd,
     new_backend: impl Fn() -> io::Result<Arc<Backend>>,
 ) {
-    let mut serve_one = |stream: &UnixStream| match new_backend() {
-        Ok(backend) => serve_connection(stream, private, stop, &backend),
-        Err(error) => {
-            error!("cannot serve the front-end: {error}");
-            Ending::FrontEndGone
-        }
+    let mut serve_one = |stream: &UnixStream| {
+        // It guards no data.
+        let inside = door.lock().unwrap_or_else(PoisonError::into_inner);
+        let ending = match new_backend() {
+            Ok(backend) => serve_connection(stream, private, stop, &backend),
+            Err(error) => {
+                error!("cannot serve the front-end: {error}");
+                Ending::FrontEndGone
+            }
+        };
+        // Whoever sees the end of its connection finds nobody connected.
+        drop(inside);
+        let _ = stream.shutdown(Shutdown::Both);
+        ending
     };
     let listener = match front_end {
         FrontEnd::Connection(stream) => {
@@ -299,7 +309,6 @@ fn serve_connection(
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     info!("front-end disconnected");
-    let _ = stream.shutdown(Shutdown::Both);
     ending
 }
 

@@ -28,7 +28,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -139,22 +139,33 @@ pub struct Server {
     finished: Arc<EventFd>,
     /// Held by who has stopped the workers.
     pausing: Arc<Mutex<()>>,
+    /// Held while a front-end is connected, or by who keeps front-ends out.
+    door: Arc<Mutex<()>>,
 }
 
 /// Stops a running device between two requests, for instance to give it another image. For any
 /// thread that may wait.
 #[derive(Clone)]
 pub struct Pauser {
+    space: Arc<ConfigSpace>,
     workers: Arc<[WorkerHandle]>,
     pausing: Arc<Mutex<()>>,
+    door: Arc<Mutex<()>>,
 }
 
 /// A device on which nothing is in flight, and nothing is begun until this value is dropped. Front-ends
 /// may still come and go, stop and start their rings, and change their memory.
 pub struct Paused<'a> {
+    space: &'a ConfigSpace,
     workers: &'a [WorkerHandle],
     rings_running: usize,
     _alone: MutexGuard<'a, ()>,
+}
+
+/// No front-end is connected, and none has read the configuration space of the disk as it is, until
+/// this value is dropped. One that connects meanwhile waits.
+pub struct NoFrontEnd<'a> {
+    _door: MutexGuard<'a, ()>,
 }
 
 impl Pauser {
@@ -167,9 +178,23 @@ impl Pauser {
         let alone = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         let rings_running = worker::pause(&self.workers);
         Paused {
+            space: &self.space,
             workers: &self.workers,
             rings_running,
             _alone: alone,
+        }
+    }
+
+    /// Keeps front-ends out; `None` if one is connected. It need not have started a ring for that.
+    #[must_use]
+    pub fn keep_out(&self) -> Option<NoFrontEnd<'_>> {
+        match self.door.try_lock() {
+            Ok(door) => Some(NoFrontEnd { _door: door }),
+            // Nobody is behind a door that was left open by a panic.
+            Err(TryLockError::Poisoned(door)) => Some(NoFrontEnd {
+                _door: door.into_inner(),
+            }),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 }
@@ -192,8 +217,37 @@ impl Paused<'_> {
         image: &Arc<Image>,
         files: &[Arc<HostFile>],
     ) -> Result<(), DeviceError> {
-        let face = |image: &Image| (image.virtual_size(), image.is_read_only());
-        if face(old) != face(image) || files.len() > FILES_MAX {
+        if old.virtual_size() != image.virtual_size() {
+            return Err(DeviceError::ImageMismatch);
+        }
+        self.exchange(old, image, files)
+    }
+
+    /// Gives the device another image, of whatever size, which nobody has to notice. Otherwise as
+    /// [`Self::set_image`].
+    ///
+    /// # Errors
+    /// `ImageMismatch`: only one of the two can be written. Nothing has happened then.
+    pub fn set_image_of_any_size(
+        &self,
+        _nobody: &NoFrontEnd<'_>,
+        old: &Image,
+        image: &Arc<Image>,
+        files: &[Arc<HostFile>],
+    ) -> Result<(), DeviceError> {
+        self.exchange(old, image, files)?;
+        let sector_count = image.virtual_size() / SECTOR_SIZE;
+        self.space.set_sector_count(sector_count);
+        Ok(())
+    }
+
+    fn exchange(
+        &self,
+        old: &Image,
+        image: &Arc<Image>,
+        files: &[Arc<HostFile>],
+    ) -> Result<(), DeviceError> {
+        if old.is_read_only() != image.is_read_only() || files.len() > FILES_MAX {
             return Err(DeviceError::ImageMismatch);
         }
         worker::set_image(self.workers, image, files);
@@ -218,14 +272,14 @@ impl Server {
         config: DeviceConfig,
     ) -> Result<Self, DeviceError> {
         config.check()?;
+        let sector_count = image.virtual_size() / SECTOR_SIZE;
         let geometry = Geometry {
-            sector_count: image.virtual_size() / SECTOR_SIZE,
             block_size: config.block_size,
             cluster_size: image.cluster_size(),
             queue_count: config.queue_count,
             read_only: image.is_read_only(),
         };
-        let space = Arc::new(ConfigSpace::new(geometry, config.writeback));
+        let space = Arc::new(ConfigSpace::new(sector_count, geometry, config.writeback));
         let event = |flags| {
             EventFd::new(flags)
                 .map(Arc::new)
@@ -237,6 +291,7 @@ impl Server {
             threads: Vec::new(),
             serving: None,
             pausing: Arc::default(),
+            door: Arc::default(),
             stop: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
             finished: event(EFD_CLOEXEC | EFD_NONBLOCK)?,
             config,
@@ -278,10 +333,11 @@ impl Server {
         let (queue_count, queue_size_max) = (self.config.queue_count, self.config.queue_size_max);
         let stop = Arc::clone(&self.stop);
         let finished = Arc::clone(&self.finished);
+        let door = Arc::clone(&self.door);
         let thread = std::thread::Builder::new()
             .name("front-door".to_owned())
             .spawn(move || {
-                front_door::serve(front_end, &mut private, &stop, || {
+                front_door::serve(front_end, &mut private, &door, &stop, || {
                     Backend::new(
                         Arc::clone(&space),
                         Arc::clone(&workers),
@@ -331,8 +387,10 @@ impl Server {
     #[must_use]
     pub fn pauser(&self) -> Pauser {
         Pauser {
+            space: Arc::clone(&self.space),
             workers: Arc::clone(&self.workers),
             pausing: Arc::clone(&self.pausing),
+            door: Arc::clone(&self.door),
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
-    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
@@ -574,6 +574,47 @@ fn a_paused_device_takes_nothing_and_goes_on_with_the_image_that_it_was_given() 
     assert_eq!((driver.wait(), driver.get(DATA)), (0, 0x77_u8));
     drop(pauser.pause());
     assert_eq!(driver.read_sector(3), (0, 0x77));
+}
+
+/// Bytes 0 to 7 of the configuration space, in sectors.
+fn capacity(frontend: &mut Frontend) -> u64 {
+    let flags = VhostUserConfigFlags::WRITABLE;
+    let (_, bytes) = frontend.get_config(0, 8, flags, &[0; 8]).unwrap();
+    u64::from_le_bytes(bytes.try_into().unwrap())
+}
+
+#[test]
+fn a_disk_gets_another_size_only_while_no_front_end_is_connected() {
+    let mut device = Device::new(DeviceConfig::default());
+    let path = device.folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    device.server.serve(FrontEnd::Listener(listener)).unwrap();
+    let pauser = device.server.pauser();
+    // One that has negotiated, and started no ring, may have read the size.
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let mut driver = Driver::new(stream.try_clone().unwrap());
+    assert_eq!(capacity(&mut driver.frontend), DISK_LEN / 512);
+    assert!(pauser.keep_out().is_none());
+    // It leaves, and sees the end of its connection.
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    std::io::Read::read_to_end(&mut stream, &mut Vec::new()).unwrap();
+    let nobody = pauser.keep_out().expect("nobody is connected");
+    let (image, files) = other_image(device.folder.path(), 2 * DISK_LEN, 0x77);
+    let paused = pauser.pause();
+    assert_eq!(paused.rings_running(), 0);
+    // Connected, and told nothing yet.
+    let waiting = UnixStream::connect(&path).unwrap();
+    let asking = std::thread::spawn(move || Driver::new(waiting));
+    paused
+        .set_image_of_any_size(&nobody, &device.image, &image, &files)
+        .unwrap();
+    drop((nobody, paused));
+    let mut driver = asking.join().unwrap();
+    assert_eq!(capacity(&mut driver.frontend), 2 * DISK_LEN / 512);
+    assert!(pauser.keep_out().is_none());
+    driver.start();
+    assert_eq!(driver.read_sector(2 * DISK_LEN / 512 - 1), (0, 0x77));
+    assert_eq!(driver.read_sector(2 * DISK_LEN / 512).0, 1);
 }
 
 #[test]

@@ -303,6 +303,7 @@ impl Worker {
         );
         let storage = RingStorage::replace(self.ring.clone(), files.clone());
         self.engine = image.worker(storage);
+        self.limits.sector_count = image.virtual_size() / SECTOR_SIZE;
         self.parts.image = image;
         self.parts.files = files;
         self.count_lookups();

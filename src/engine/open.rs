@@ -140,7 +140,8 @@ impl Image {
             if index == 0
                 && let Some(parts) = &parts
             {
-                read_only_snapshots = parts.snapshots.infos(parts.header.size);
+                let header = &parts.header;
+                read_only_snapshots = parts.snapshots.infos(header.size, header.is_dirty());
             }
             if index == 0 && !options.read_only {
                 write_side = parts;
@@ -732,7 +733,7 @@ fn active<S: Storage>(
     }
     let l1_offset = header.l1_table_offset.get();
     let disk_size = header.size;
-    let mut snapshots = Snapshots::new(parts.snapshots, disk_size);
+    let mut snapshots = Snapshots::new(parts.snapshots, disk_size, untrusted);
     let mut drops = Drops::default();
     if untrusted {
         let key = snapshots.next_key();

@@ -44,12 +44,14 @@ pub fn check(config: &CheckConfig) -> Exit {
     if report.problems_omitted > 0 {
         complain(&format!("and {} more", report.problems_omitted));
     }
-    if config.json {
-        print(&format!("{:#}\n", to_json(&config.path, &report)));
-    } else if !config.quiet {
-        print(&to_text(&report));
-    }
-    exit_of(&report)
+    let text = if config.json {
+        format!("{:#}\n", to_json(&config.path, &report))
+    } else if config.quiet {
+        String::new()
+    } else {
+        to_text(&report)
+    };
+    print(&text, exit_of(&report))
 }
 
 /// Opens, locks and checks.

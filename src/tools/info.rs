@@ -23,10 +23,7 @@ use crate::units::SECTOR_SIZE;
 #[must_use]
 pub fn info(config: &InfoConfig) -> Exit {
     match run(config) {
-        Ok(files) => {
-            print(&show(&files, config));
-            Exit::Success
-        }
+        Ok(files) => print(&show(&files, config), Exit::Success),
         Err(error) => fail(&config.path, &error),
     }
 }

@@ -59,10 +59,28 @@ impl From<Format> for LayerFormat {
     }
 }
 
-/// Prints to stdout. A reader that has gone away is no reason to fail.
-fn print(text: &str) {
+/// Prints to stdout. Returns how to exit, see [`printed`].
+pub fn print(text: &str, exit: Exit) -> Exit {
     let mut out = io::stdout().lock();
-    drop(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+    let result = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    printed(result, exit)
+}
+
+/// How to exit after something was printed: as `exit` says, unless that is success and the text could
+/// not be written. A reader that has gone away has read what it wanted.
+pub fn printed(result: io::Result<()>, exit: Exit) -> Exit {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&format!(
+                "qblkd: cannot write to the standard output: {error}"
+            ));
+            match exit {
+                Exit::Success => Exit::Failure,
+                found => found,
+            }
+        }
+        _ => exit,
+    }
 }
 
 /// Prints a line to stderr.

@@ -44,10 +44,7 @@ pub fn snapshot(config: &SnapshotConfig) -> Exit {
     };
     bar.finish_and_clear();
     match result {
-        Ok(text) => {
-            print(&text);
-            Exit::Success
-        }
+        Ok(text) => print(&text, Exit::Success),
         Err(error) => super::fail(path, &error),
     }
 }

@@ -137,21 +137,79 @@ fn capabilities_are_those_of_the_manifest() {
     assert_eq!(printed, shared);
 }
 
-#[test]
-fn a_help_that_nobody_reads_is_no_panic() {
+/// What prints, and where to: the words, and whether the image is their last.
+const PRINTERS: &[(&[&str], bool)] = &[
+    (&["info"], true),
+    (&["info", "--json"], true),
+    (&["check"], true),
+    (&["check", "--json"], true),
+    (&["snapshot", "list", "--blk-file"], true),
+    (&["snapshot", "list", "--json", "--blk-file"], true),
+    (&["--print-capabilities"], false),
+    (&["--help"], false),
+    (&["--version"], false),
+];
+
+fn print_to(stdout: Stdio, words: &[&str], file: Option<&Path>) -> (Option<i32>, String) {
     let mut command = Command::new(QBLKD);
-    // Every write to it fails.
+    command.args(words).args(file).stdout(stdout);
+    let output = command.stderr(Stdio::piped()).spawn().unwrap();
+    let output = output.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), stderr)
+}
+
+/// They ended with success.
+#[test]
+fn what_cannot_be_printed_is_a_failure() {
+    let (_dir, file) = image();
+    for (words, on_image) in PRINTERS {
+        let full = fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let file = on_image.then_some(&*file);
+        let (code, stderr) = print_to(full.into(), words, file);
+        assert_eq!(code, Some(1), "{words:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{words:?}: {stderr}");
+        assert!(stderr.contains("No space left"), "{words:?}: {stderr}");
+    }
+}
+
+#[test]
+fn what_nobody_reads_is_no_failure() {
+    let (_dir, file) = image();
+    for (words, on_image) in PRINTERS {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let file = on_image.then_some(&*file);
+        let (code, stderr) = print_to(writer.into(), words, file);
+        assert_eq!((code, &*stderr), (Some(0), ""), "{words:?}");
+    }
+}
+
+/// What was found goes before what could not be printed.
+#[test]
+fn a_check_that_cannot_print_still_tells_of_damage() {
+    let (_dir, file) = image();
+    let image = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    // A table far past the end of the file.
+    let mut header = [0; 48];
+    fs::File::open(&file)
+        .unwrap()
+        .read_exact(&mut header)
+        .unwrap();
+    let l1 = u64::from_be_bytes(header[40..48].try_into().unwrap());
+    image
+        .write_all_at(&((1_u64 << 63) | (1 << 40)).to_be_bytes(), l1)
+        .unwrap();
     let full = fs::OpenOptions::new()
         .write(true)
         .open("/dev/full")
         .unwrap();
-    let mut child = command
-        .arg("--print-capabilities")
-        .stdout(Stdio::from(full))
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let (code, stderr) = print_to(full.into(), &["check"], Some(&file));
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("No space left"), "{stderr}");
 }
 
 // --- Refusals ---

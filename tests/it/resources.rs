@@ -8,7 +8,7 @@ use crate::support::driver::{DATA, Driver, FLUSH_REQUEST, IN, IOERR, OK, OUT, WR
 use crate::support::qemu::{self, CHECK_CLEAN};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
-use crate::support::{Failure, QBLKD, ensure, have_tools, skip};
+use crate::support::{Failure, QBLKD, ensure, have_tools, skip, terminal};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -390,21 +390,15 @@ fn external_snapshots_while_the_host_fills_up_lose_nothing() -> Result<(), Failu
 
 // --- The terminal ---
 
-/// Runs a command with a new terminal as its input and outputs, and prints what it shows there.
-const ON_A_TERMINAL: &str = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)";
-
 #[test]
 fn check_shows_how_far_it_is_on_a_terminal_only() -> Result<(), Failure> {
     let test = "check_shows_how_far_it_is_on_a_terminal_only";
-    if !have_tools(test, &["python3"]) {
+    if !have_tools(test, terminal::TOOLS) {
         return Ok(());
     }
     let (_dir, file) = big_image("16G")?;
-    let mut on_terminal = Command::new("python3");
-    on_terminal
-        .args(["-c", ON_A_TERMINAL, QBLKD, "check"])
-        .arg(&file);
-    let shown = run_command(on_terminal.env("TERM", "xterm"), LIMIT)?.success()?;
+    let mut on_terminal = terminal::command(QBLKD, [OsStr::new("check"), file.as_os_str()]);
+    let shown = run_command(&mut on_terminal, LIMIT)?.success()?;
     ensure(shown.stdout.contains("reading refcounts"), || {
         format!("{shown:?}")
     })?;

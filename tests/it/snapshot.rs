@@ -8,6 +8,7 @@ use crate::support::driver::{DATA, Driver, FLUSH_REQUEST, IN, IOERR, OK, OUT, WR
 use crate::support::qemu::{self, CHECK_CLEAN, CHECK_LEAKS};
 use crate::support::qmp::Qmp;
 use crate::support::server::Server;
+use crate::support::terminal::{self, Shown};
 use crate::support::{Failure, QBLKD, ensure, for_each_case, have_tools};
 use serde_json::{Value, json};
 use std::ffi::{OsStr, OsString};
@@ -74,6 +75,10 @@ impl Scratch {
 
     /// Runs `qblkd snapshot`; `online` through the server.
     fn tool(&self, online: bool, words: &[&str]) -> Result<Finished, Failure> {
+        run(QBLKD, self.tool_words(online, words))
+    }
+
+    fn tool_words(&self, online: bool, words: &[&str]) -> Vec<OsString> {
         let target = if online {
             ["--control".into(), self.control.clone().into_os_string()]
         } else {
@@ -82,7 +87,7 @@ impl Scratch {
         let mut all: Vec<OsString> = vec!["snapshot".into()];
         all.extend(words.iter().map(OsString::from));
         all.extend(target);
-        run(QBLKD, all)
+        all
     }
 
     /// The content of a snapshot, as QEMU reads it.
@@ -634,6 +639,12 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
     ensure(scratch.is_dirty()?, || {
         "the dirty bit is not there".to_owned()
     })?;
+    // Which of them were settled is not to be known from the file.
+    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
+    let mut rows = listed.lines().skip(1);
+    ensure(rows.all(|row| row.ends_with("  unsettled")), || {
+        listed.clone()
+    })?;
 
     let server = scratch.serve(&[])?;
     let mut client = scratch.client()?;
@@ -652,6 +663,8 @@ fn stopped_by(signals: &[&str]) -> Result<(), Failure> {
         "the dirty bit is still there".to_owned()
     })?;
     qemu::expect_check(&scratch.file, &[CHECK_CLEAN, CHECK_LEAKS])?;
+    let listed = scratch.tool(false, &["list"])?.success()?.stdout;
+    ensure(!listed.contains("unsettled"), || listed.clone())?;
     let names = scratch.names()?;
     ensure(names == taken, || format!("{names:?}"))?;
     let content = run(
@@ -717,6 +730,73 @@ fn people(scratch: &Scratch, online: bool) -> Result<(), Failure> {
         let nowhere = run(QBLKD, ["snapshot"].iter().chain(bad))?;
         assert_eq!(nowhere.code()?, 1, "{nowhere:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_tool_shows_how_far_the_work_is_on_a_terminal_only() -> Result<(), Failure> {
+    let test = "the_tool_shows_how_far_the_work_is_on_a_terminal_only";
+    if !have_tools(test, terminal::TOOLS) {
+        return Ok(());
+    }
+    let scratch = Scratch::large()?;
+    for (command, message) in [
+        ("create", "counting references"),
+        ("delete", "giving space back"),
+        ("create", "counting references"),
+        ("revert", "counting all references anew"),
+    ] {
+        let words = scratch.tool_words(false, &[command, "seen", "--wait"]);
+        let mut shown = Shown::start(terminal::command(QBLKD, words))?;
+        shown.wait_for(message)?;
+        shown.wait_for("%")?;
+        assert_eq!(shown.finish()?, Some(0), "{command}");
+        let name = if command == "revert" { "seen" } else { "piped" };
+        let piped = scratch.tool(false, &[command, name, "--wait"])?.success()?;
+        assert_eq!((&*piped.stdout, &*piped.stderr), ("", ""), "{command}");
+    }
+    Ok(())
+}
+
+/// The same through the server, with the work held until it has been seen.
+#[test]
+fn the_tool_shows_how_far_a_job_is_on_a_terminal() -> Result<(), Failure> {
+    let test = "the_tool_shows_how_far_a_job_is_on_a_terminal";
+    if !have_tools(test, terminal::TOOLS) {
+        return Ok(());
+    }
+    let scratch = Scratch::large()?;
+    let server = scratch.serve(&[])?;
+    let mut client = scratch.client()?;
+    let (names, held) = take_and_hold(&mut client)?;
+    let seen = names.last().ok_or("no snapshot")?;
+    let mut hold = |job: &str, speed: u64| {
+        let limit = json!({ "device": job, "speed": speed });
+        execute(&mut client, "block-job-set-speed", &limit).map(drop)
+    };
+    let watch = |words: &[&str]| {
+        let words = scratch.tool_words(true, words);
+        Shown::start(terminal::command(QBLKD, words))
+    };
+    let mut create = watch(&["create", "seen", "--wait"])?;
+    create.wait_for("waiting for earlier work")?;
+    let mut observer = scratch.client()?;
+    let settle = job_ids(&mut observer)?.pop().ok_or("no job")?;
+    assert!(settle.starts_with("settle-"), "{settle}");
+    hold(&settle, 1)?;
+    let mut delete = watch(&["delete", seen, "--wait"])?;
+    delete.wait_for("waiting for earlier work")?;
+    let giving_back = job_ids(&mut observer)?.pop().ok_or("no job")?;
+    assert!(giving_back.starts_with("delete-"), "{giving_back}");
+    hold(&giving_back, 1)?;
+    hold(&held, 0)?;
+    create.wait_for("counting references")?;
+    hold(&settle, 0)?;
+    assert_eq!(create.finish()?, Some(0));
+    delete.wait_for("giving space back")?;
+    hold(&giving_back, 0)?;
+    assert_eq!(delete.finish()?, Some(0));
+    assert_eq!(server.terminate()?.code()?, 0);
     Ok(())
 }
 
@@ -864,4 +944,135 @@ fn a_served_disk_goes_back_while_no_queue_runs() -> Result<(), Failure> {
         assert_eq!([content[0], content[4096]], bytes, "{name}");
     }
     Ok(())
+}
+
+/// What the disk held in snapshots, by name.
+type Contents = Vec<(&'static str, Vec<u8>)>;
+
+/// Snapshots `small` (4 MiB) and `large` (6 MiB) by QEMU, and another one of 4 MiB, `small2`, of an
+/// image that has 5 MiB now. Returns it with the snapshots' contents.
+fn of_other_sizes() -> Result<(Scratch, Contents), Failure> {
+    let scratch = Scratch::new(4 << 20, &[])?;
+    let image = scratch.file.as_os_str();
+    let qemu_img = |words: &[&str], size: Option<&str>| -> Result<(), Failure> {
+        let words = words.iter().map(OsStr::new).chain([image]);
+        run("qemu-img", words.chain(size.map(OsStr::new)))?.success()?;
+        Ok(())
+    };
+    let write = |command: &str| -> Result<(), Failure> {
+        let words = ["-f", "qcow2", "-c", command].map(OsStr::new);
+        run("qemu-io", words.into_iter().chain([image]))?.success()?;
+        Ok(())
+    };
+    write("write -P 1 0 3M")?;
+    qemu_img(&["snapshot", "-c", "small"], None)?;
+    write("write -P 2 1M 1M")?;
+    qemu_img(&["snapshot", "-c", "small2"], None)?;
+    qemu_img(&["resize", "-q", "-f", "qcow2"], Some("6M"))?;
+    write("write -P 3 2M 4M")?;
+    qemu_img(&["snapshot", "-c", "large"], None)?;
+    qemu_img(&["resize", "-q", "-f", "qcow2", "--shrink"], Some("5M"))?;
+    write("write -P 4 100k 2M")?;
+    let mut disk = vec![0; 6 << 20];
+    disk[..3 << 20].fill(1);
+    let small = disk[..4 << 20].to_vec();
+    disk[1 << 20..2 << 20].fill(2);
+    let small2 = disk[..4 << 20].to_vec();
+    disk[2 << 20..].fill(3);
+    let contents = vec![("small", small), ("small2", small2), ("large", disk)];
+    Ok((scratch, contents))
+}
+
+/// Going back to a snapshot of a disk of another size took `--blk-file`.
+#[test]
+fn a_served_disk_gets_another_size_while_no_front_end_is_connected() -> Result<(), Failure> {
+    let test = "a_served_disk_gets_another_size_while_no_front_end_is_connected";
+    if !have_tools(test, &["qemu-img", "qemu-io"]) {
+        return Ok(());
+    }
+    let (scratch, contents) = of_other_sizes()?;
+    let content = |wanted: &str| {
+        let found = contents.iter().find(|(name, _)| *name == wanted);
+        found.map_or(&[][..], |(_, content)| content)
+    };
+    let server = scratch.serve(&[])?;
+    let mut client = scratch.client()?;
+    for name in ["small", "large", "small2", "large"] {
+        revert_when_alone(&scratch, name)?;
+        let content = content(name);
+        let sectors = content.len() as u64 / 512;
+        let mut driver = Driver::connect(&server.socket)?;
+        assert_eq!(driver.capacity()?, sectors, "{name}");
+        assert!(driver.read_disk(sectors * 512)? == content, "{name}");
+        assert_eq!(driver.request(IN, sectors - 7, 4096, WRITE)?, IOERR);
+        let block = execute(&mut client, "query-block", &json!({}))?;
+        let told = &block[0]["inserted"]["image"]["virtual-size"];
+        assert_eq!(told, content.len(), "{name}");
+        let nodes = execute(&mut client, "query-named-block-nodes", &json!({}))?;
+        assert_eq!(nodes[0]["image"]["virtual-size"], content.len(), "{name}");
+        // What is written now is not written to the snapshot.
+        driver.memory_fill(0x77)?;
+        assert_eq!(driver.request(OUT, sectors - 8, 4096, 0)?, OK);
+        assert_eq!(driver.request(OUT, 0, 4096, 0)?, OK);
+        // The size is known here, whether the ring runs or not. To one of this size it may go.
+        driver.stop_ring()?;
+        let (other, same) = match name {
+            "large" => ("small", "large"),
+            _ => ("large", "small"),
+        };
+        let refused = scratch.tool(true, &["revert", other])?;
+        assert_eq!(refused.code()?, 1, "{refused:?}");
+        for words in ["a front-end is connected", "detach the disk", "--blk-file"] {
+            assert!(refused.stderr.contains(words), "{refused:?}");
+        }
+        assert_eq!(driver.capacity()?, sectors, "{name}");
+        if name == "small2" {
+            scratch.tool(true, &["revert", same, "--wait"])?.success()?;
+            assert_eq!(driver.capacity()?, sectors, "{name}");
+        }
+    }
+    // The disk is "large" but for what was written, and what is made of it has its size.
+    take(&mut client, "later")?;
+    let listed = scratch.tool(true, &["list", "--json"])?.success()?.stdout;
+    let listed: Value = serde_json::from_str(&listed)?;
+    assert_eq!(listed[3]["name"], "later");
+    assert_eq!(listed[3]["x-qblkd"]["disk-size"], 6 << 20, "{listed}");
+    let overlay = scratch.dir.path().join("overlay.qcow2");
+    let arguments = json!({ "device": "disk0", "snapshot-file": overlay });
+    execute(&mut client, "blockdev-snapshot-sync", &arguments)?;
+    let mut disk = content("large").to_vec();
+    disk[..4096].fill(0x77);
+    let end = disk.len() - 4096;
+    disk[end..].fill(0x77);
+    let mut driver = Driver::connect(&server.socket)?;
+    assert!(driver.read_disk(disk.len() as u64)? == disk);
+    drop((driver, client));
+    assert_eq!(server.terminate()?.code()?, 0);
+    let raw = scratch.dir.path().join("disk.raw");
+    std::fs::write(&raw, &disk)?;
+    for file in [&scratch.file, &overlay] {
+        qemu::expect_check(file, &[CHECK_CLEAN])?;
+        qemu::compare("qcow2", file, &raw)?;
+    }
+    for (name, content) in &contents {
+        // QEMU takes the size from the image, which has that of the largest.
+        assert!(
+            scratch.content(name)?[..content.len()] == **content,
+            "{name}"
+        );
+    }
+    Ok(())
+}
+
+/// Reverts through the server, where the last front-end may just be leaving.
+fn revert_when_alone(scratch: &Scratch, name: &str) -> Result<(), Failure> {
+    let started = Instant::now();
+    loop {
+        let done = scratch.tool(true, &["revert", name, "--wait"])?;
+        let leaving = done.stderr.contains("front-end") || done.stderr.contains("in use");
+        if !leaving || started.elapsed() > LIMIT {
+            done.success()?;
+            return Ok(());
+        }
+    }
 }

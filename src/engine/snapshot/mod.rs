@@ -68,7 +68,8 @@ pub struct SnapshotInfo {
     pub disk_size: u64,
     /// Instruction count of a recorded guest.
     pub icount: Option<u64>,
-    /// Background work for it is not done yet.
+    /// The file may not count all of its references yet: background work for it is left, or the
+    /// image was not closed in order, and no rebuild has come since.
     pub unsettled: bool,
 }
 
@@ -215,8 +216,9 @@ pub(crate) struct Snapshots {
 }
 
 impl Snapshots {
-    pub(crate) fn new(table: Table, disk_size: u64) -> Self {
-        let shown = table.infos(disk_size);
+    /// `dirty`: the image was not closed in order, and is not rebuilt yet.
+    pub(crate) fn new(table: Table, disk_size: u64, dirty: bool) -> Self {
+        let shown = table.infos(disk_size, dirty);
         Self {
             table: async_lock::Mutex::new(table),
             shown: Mutex::new(shown),

@@ -308,6 +308,8 @@ impl<S: Storage> Worker<S> {
             active.drop_own(dropped);
         }
         // What was dropped meanwhile is taken away when this is durable.
-        self.flush().await
+        self.flush().await?;
+        active.snapshots.show_rebuilt();
+        Ok(())
     }
 }

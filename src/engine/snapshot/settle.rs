@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 
 use super::walk::Piece;
-use super::{Root, Snapshots};
+use super::{Root, Snapshots, Task};
 use crate::engine::error::{Error, lock};
 use crate::engine::table::Target;
 use crate::engine::worker::Worker;
@@ -61,6 +61,21 @@ impl Snapshots {
             if snapshot.id == id {
                 snapshot.unsettled = false;
             }
+        }
+    }
+
+    /// All that were there when the image was opened are counted.
+    pub(super) fn show_rebuilt(&self) {
+        let to_come: Vec<String> = lock(&self.queue)
+            .items
+            .iter()
+            .filter_map(|work| match &work.task {
+                Task::Settle { root, .. } => Some(root.id.clone()),
+                _ => None,
+            })
+            .collect();
+        for snapshot in lock(&self.shown).iter_mut() {
+            snapshot.unsettled &= to_come.contains(&snapshot.id);
         }
     }
 }

@@ -81,11 +81,15 @@ impl Table {
         to_u64(self.entries.len() + self.pending.len())
     }
 
-    /// What people see of it. `disk_size` stands in where an entry does not say its own.
-    pub(crate) fn infos(&self, disk_size: u64) -> Vec<SnapshotInfo> {
+    /// What people see of it. `disk_size` stands in where an entry does not say its own. `dirty`:
+    /// what the file counts need not be true of any of them.
+    pub(crate) fn infos(&self, disk_size: u64, dirty: bool) -> Vec<SnapshotInfo> {
         self.entries
             .iter()
-            .map(|entry| info(entry, disk_size))
+            .map(|entry| SnapshotInfo {
+                unsettled: dirty,
+                ..info(entry, disk_size)
+            })
             .collect()
     }
 }

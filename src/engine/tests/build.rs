@@ -24,6 +24,9 @@ pub(super) enum Fill {
     Compressed,
 }
 
+/// Makes entries of a snapshot table.
+pub(super) type Hollow = fn() -> Vec<SnapshotEntry>;
+
 /// An image to be made.
 #[derive(Clone, Copy)]
 pub(super) struct Recipe {
@@ -35,6 +38,10 @@ pub(super) struct Recipe {
     pub(super) fill: fn(u64) -> Fill,
     /// With an internal snapshot of that.
     pub(super) snapshot: bool,
+    /// Bytes of the disk in the snapshot, where it had another size then.
+    pub(super) snapshot_size: Option<u64>,
+    /// Instead of that: snapshots without an L1 table, of others.
+    pub(super) hollow: Option<Hollow>,
     /// Bytes of a raw backing file.
     pub(super) backing: Option<u64>,
     /// A block device with this many clusters of old bytes behind the image.
@@ -53,6 +60,8 @@ impl Recipe {
             size,
             fill: |_| Fill::None,
             snapshot: false,
+            snapshot_size: None,
+            hollow: None,
             backing: None,
             device: None,
             can_punch: true,
@@ -66,6 +75,11 @@ impl Recipe {
 
     pub(super) fn sectors(&self) -> u64 {
         self.size / 512
+    }
+
+    /// Bytes of the disk in the snapshot.
+    pub(super) fn size_then(&self) -> u64 {
+        self.snapshot_size.unwrap_or(self.size)
     }
 
     /// The version (see `model`) of a sector of the new disk.
@@ -143,19 +157,34 @@ impl Builder {
     fn build(&mut self, recipe: &Recipe) -> Vec<u8> {
         let cluster_size = self.cluster_size();
         self.alloc(1);
+        // Both disks are made in one, then each gets its part.
+        let whole = recipe.size.max(recipe.size_then());
         let l1_size = self.geometry.l1_entries_for(recipe.size);
         let l1 = self.alloc(l1_size * 8);
-        for cluster in 0..self.geometry.clusters_for(recipe.size) {
-            self.map(recipe, l1, cluster);
+        let entries = self.geometry.l1_entries_for(whole);
+        assert!(
+            self.geometry.clusters_for(entries * 8) == self.geometry.clusters_for(l1_size * 8),
+            "the longer L1 table fits into the clusters of the shorter"
+        );
+        for cluster in 0..self.geometry.clusters_for(whole) {
+            self.map(recipe, l1, cluster, whole / 512);
         }
         let mut header = Header::new(recipe.version, self.geometry, recipe.size);
         header.l1_size = u32::try_from(l1_size).expect("a small image");
         header.l1_table_offset = HostOffset::new(l1);
         header.autoclear = recipe.autoclear;
         if recipe.snapshot {
-            let table = self.snapshot(recipe, l1, l1_size);
+            let table = self.snapshot(recipe, l1);
             header.snapshot_count = 1;
             header.snapshot_table_offset = HostOffset::new(table);
+        }
+        if let Some(entries) = recipe.hollow {
+            let entries = entries();
+            let table = encode_table(&entries).expect("valid entries");
+            let at = self.alloc(to_u64(table.len()));
+            self.put(at, &table);
+            header.snapshot_count = u32::try_from(entries.len()).expect("a possible number");
+            header.snapshot_table_offset = HostOffset::new(at);
         }
         // Refcount blocks count themselves too: as many as cover all with them.
         let entries = self.geometry.refcount_block_entries();
@@ -188,7 +217,8 @@ impl Builder {
         bytes
     }
 
-    fn map(&mut self, recipe: &Recipe, l1: u64, cluster: u64) {
+    /// Makes a cluster of a disk of so many sectors.
+    fn map(&mut self, recipe: &Recipe, l1: u64, cluster: u64, sectors: u64) {
         let fill = (recipe.fill)(cluster);
         if fill == Fill::None {
             return;
@@ -207,7 +237,7 @@ impl Builder {
         let first = cluster * cluster_size / 512;
         let data: Vec<u8> = (first..first + cluster_size / 512)
             .flat_map(|sector| {
-                let inside = sector < recipe.sectors();
+                let inside = sector < sectors;
                 sector_bytes(sector, if inside { recipe.value(sector) } else { 0 })
             })
             .collect();
@@ -271,13 +301,20 @@ impl Builder {
         }
     }
 
-    /// Takes a snapshot; returns where the snapshot table is.
-    fn snapshot(&mut self, recipe: &Recipe, l1: u64, l1_size: u64) -> u64 {
-        let copy = self.alloc(l1_size * 8);
-        for index in 0..l1_size {
+    /// Takes a snapshot; returns where the snapshot table is. Tables past the end of one of the two
+    /// disks are the other's alone.
+    fn snapshot(&mut self, recipe: &Recipe, l1: u64) -> u64 {
+        let now = self.geometry.l1_entries_for(recipe.size);
+        let then = self.geometry.l1_entries_for(recipe.size_then());
+        let copy = self.alloc(then * 8);
+        for index in 0..then {
             let entry = L1Entry(self.word(l1 + index * 8)).with_copied(false);
-            self.put_word(l1 + index * 8, entry.0);
             self.put_word(copy + index * 8, entry.0);
+            if index >= now {
+                self.put_word(l1 + index * 8, 0);
+                continue;
+            }
+            self.put_word(l1 + index * 8, entry.0);
             let Some(table) = entry.table_offset() else {
                 continue;
             };
@@ -293,10 +330,10 @@ impl Builder {
         }
         let entry = SnapshotEntry {
             l1_offset: HostOffset::new(copy),
-            l1_size: u32::try_from(l1_size).expect("a small image"),
+            l1_size: u32::try_from(then).expect("a small image"),
             id: b"1".to_vec(),
             name: b"one".to_vec(),
-            extra: SnapshotEntry::extra_data(0, recipe.size, None),
+            extra: SnapshotEntry::extra_data(0, recipe.size_then(), None),
             ..SnapshotEntry::default()
         };
         let table = encode_table(&[entry]).expect("a valid entry");
@@ -320,15 +357,13 @@ pub(super) fn read_tree(
     snapshot: bool,
 ) -> Result<Vec<u8>, String> {
     let header = Header::decode(bytes).map_err(|error| error.to_string())?;
-    let mut l1 = header.l1_table_offset.get();
     if snapshot {
-        l1 = snapshot_entries(bytes)?
-            .first()
-            .ok_or("the snapshot is gone")?
-            .l1_offset
-            .get();
+        let entries = snapshot_entries(bytes)?;
+        let entry = entries.first().ok_or("the snapshot is gone")?;
+        return read_entry(bytes, backing, &header, entry);
     }
-    read_root(bytes, backing, l1)
+    let l1 = header.l1_table_offset.get();
+    read_root(bytes, backing, &header, l1, header.size)
 }
 
 /// The disk of the snapshot with this id.
@@ -337,12 +372,21 @@ pub(super) fn read_snapshot(
     backing: Option<&[u8]>,
     id: &str,
 ) -> Result<Vec<u8>, String> {
+    let header = Header::decode(bytes).map_err(|error| error.to_string())?;
     let entries = snapshot_entries(bytes)?;
     let entry = entries.iter().find(|entry| entry.id == id.as_bytes());
-    let l1 = entry
-        .ok_or_else(|| format!("snapshot {id} is gone"))?
-        .l1_offset;
-    read_root(bytes, backing, l1.get())
+    let entry = entry.ok_or_else(|| format!("snapshot {id} is gone"))?;
+    read_entry(bytes, backing, &header, entry)
+}
+
+fn read_entry(
+    bytes: &[u8],
+    backing: Option<&[u8]>,
+    header: &Header,
+    entry: &SnapshotEntry,
+) -> Result<Vec<u8>, String> {
+    let size = entry.disk_size().ok_or("the snapshot has no disk size")?;
+    read_root(bytes, backing, header, entry.l1_offset.get(), size)
 }
 
 /// The entries of the snapshot table.
@@ -355,13 +399,18 @@ pub(super) fn snapshot_entries(bytes: &[u8]) -> Result<Vec<SnapshotEntry>, Strin
         .map_err(|error| error.to_string())
 }
 
-/// The disk that hangs on an L1 table.
-fn read_root(bytes: &[u8], backing: Option<&[u8]>, l1: u64) -> Result<Vec<u8>, String> {
-    let header = Header::decode(bytes).map_err(|error| error.to_string())?;
+/// The disk of so many bytes that hangs on an L1 table.
+fn read_root(
+    bytes: &[u8],
+    backing: Option<&[u8]>,
+    header: &Header,
+    l1: u64,
+    size: u64,
+) -> Result<Vec<u8>, String> {
     let geometry = header.geometry();
     let cluster_size = to_usize(geometry.cluster_size());
-    let mut disk = Vec::with_capacity(to_usize(header.size));
-    while to_u64(disk.len()) < header.size {
+    let mut disk = Vec::with_capacity(to_usize(size));
+    while to_u64(disk.len()) < size {
         let guest = GuestOffset::new(to_u64(disk.len()));
         let table = L1Entry(word(bytes, l1 + geometry.l1_index(guest) * 8)).table_offset();
         let entry = table.map_or(L2Entry::UNALLOCATED, |table| {
@@ -400,7 +449,7 @@ fn read_root(bytes: &[u8], backing: Option<&[u8]>, l1: u64) -> Result<Vec<u8>, S
         }
         disk.extend(data);
     }
-    disk.truncate(to_usize(header.size));
+    disk.truncate(to_usize(size));
     Ok(disk)
 }
 

@@ -235,6 +235,63 @@ fn a_rebuild_under_load_agrees_with_the_model_and_leaves_a_clean_image() {
     }
 }
 
+/// Until the rebuild no snapshot of a dirty image was told to be unsettled.
+#[test]
+fn snapshots_of_a_dirty_image_are_unsettled_until_it_is_rebuilt() {
+    let unsettled = |rig: &Rig| -> Vec<(String, bool)> {
+        let snapshots = rig.image().snapshots().into_iter();
+        snapshots
+            .map(|snapshot| (snapshot.name, snapshot.unsettled))
+            .collect()
+    };
+    let told = |list: &[(&str, bool)]| -> Vec<(String, bool)> {
+        let list = list.iter();
+        list.map(|(name, unsettled)| ((*name).to_owned(), *unsettled))
+            .collect()
+    };
+    let recipe = Recipe {
+        fill: |_| Fill::Data,
+        snapshot: true,
+        ..Recipe::plain(10, 96 << 10)
+    };
+    let mut rig = Rig::damaged(recipe, 1);
+    let read_only = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    rig.open(&read_only).expect("opens");
+    assert_eq!(unsettled(&rig), told(&[("one", true)]));
+    rig.open(&OpenOptions::default()).expect("opens");
+    assert_eq!(unsettled(&rig), told(&[("one", true)]));
+    // One that is taken meanwhile is settled after it.
+    let client = rig.worker();
+    rig.block_on(async move { client.snapshot("two").await })
+        .expect("taken");
+    assert_eq!(unsettled(&rig), told(&[("one", true), ("two", true)]));
+    let client = rig.worker();
+    let mut seen = vec![unsettled(&rig)];
+    loop {
+        let worker = Rc::clone(&client.worker);
+        let step = rig.block_on(async move { worker.background_step().await });
+        if step.expect("a step") == Step::Idle {
+            break;
+        }
+        let now = unsettled(&rig);
+        if seen.last() != Some(&now) {
+            seen.push(now);
+        }
+    }
+    let one_after_the_other = [
+        told(&[("one", true), ("two", true)]),
+        told(&[("one", false), ("two", true)]),
+        told(&[("one", false), ("two", false)]),
+    ];
+    assert_eq!(seen, one_after_the_other);
+    rig.close().expect("closes");
+    rig.open(&read_only).expect("opens");
+    assert_eq!(unsettled(&rig), told(&[("one", false), ("two", false)]));
+}
+
 /// Nothing below the old end changes hands before the counts are known.
 #[test]
 fn until_the_rebuild_is_done_clusters_come_from_past_the_end() {

@@ -1,11 +1,13 @@
 //! Snapshots taken and deleted under load, and the background work: afterwards the image is clean,
 //! without a leak or a wrong copied flag, and every snapshot holds what the disk held.
 
-use super::build::{Fill, Recipe};
+use super::build::{Fill, Hollow, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation};
-use crate::engine::{BackgroundKind, ErrorKind, NewSnapshot, OpenOptions, Step};
-use crate::format::{Header, refcount};
+use crate::engine::{BackgroundKind, ErrorKind, NewSnapshot, OpenOptions, Selector, Step};
+use crate::format::geometry::{SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
+use crate::format::{Header, SnapshotEntry, refcount};
 use crate::storage::sim::{OpKind, yield_now};
+use crate::units::to_usize;
 
 fn mixed(cluster: u64) -> Fill {
     match cluster % 6 {
@@ -495,6 +497,91 @@ fn full(order: u32, which: Option<u64>, count: u64) -> Rig {
     let mut rig = counted(recipe, which, count);
     rig.open(&OpenOptions::default()).expect("opens");
     rig
+}
+
+/// As many snapshots as an image may have.
+fn most_snapshots() -> Vec<SnapshotEntry> {
+    let entry = |number: u32| SnapshotEntry {
+        id: number.to_string().into_bytes(),
+        name: format!("n{number}").into_bytes(),
+        extra: SnapshotEntry::extra_data(0, 1 << 20, None),
+        ..SnapshotEntry::default()
+    };
+    (1..=SNAPSHOTS_MAX).map(entry).collect()
+}
+
+/// A table that is as long as it may be but for 64 bytes: less than an entry.
+fn longest_table() -> Vec<SnapshotEntry> {
+    let entry = |number: usize, bytes: usize| SnapshotEntry {
+        id: number.to_string().into_bytes(),
+        name: vec![b'n'; bytes],
+        extra: SnapshotEntry::extra_data(0, 1 << 20, None),
+        ..SnapshotEntry::default()
+    };
+    let table_len = |entries: &[SnapshotEntry]| {
+        let table = crate::format::snapshot::encode_table(entries).expect("a table");
+        table.len()
+    };
+    let one = table_len(&[entry(100, 65_532)]);
+    let wanted = to_usize(SNAPSHOT_TABLE_BYTES_MAX) - 64;
+    let count = wanted / one - 1;
+    let mut entries: Vec<_> = (100..100 + count)
+        .map(|number| entry(number, 65_532))
+        .collect();
+    let empty = table_len(&[entry(1, 0)]);
+    entries.push(entry(1, wanted - table_len(&entries) - empty));
+    assert_eq!(table_len(&entries), wanted);
+    entries
+}
+
+/// One more than the format allows, or longer than that: known before the instant, when clusters were
+/// taken already.
+#[test]
+fn a_table_without_room_is_refused_before_the_instant_and_takes_nothing() {
+    let tables: [Hollow; 2] = [most_snapshots, longest_table];
+    let reasons = ["snapshots, more than 65536", "more than 0x4000000 bytes"];
+    for (hollow, reason) in tables.into_iter().zip(reasons) {
+        let recipe = Recipe {
+            refcount_order: 5,
+            fill: |_| Fill::Data,
+            hollow: Some(hollow),
+            ..Recipe::plain(16, 1 << 20)
+        };
+        let mut rig = opened(recipe);
+        let before = rig.disk.contents(IMAGE).len();
+        let client = rig.worker();
+        let (refused, client) = rig.block_on(async move {
+            client.write(5, 9).await.expect("a write");
+            let refused = client.snapshot("a").await.expect_err("no room");
+            (refused, client)
+        });
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+        let text = refused.to_string();
+        assert!(text.contains("no room") && text.contains(reason), "{text}");
+        assert!(!is_dirty(&rig) && rig.image().background().is_empty());
+        assert!(client.is_in_place(5, 9), "something was frozen");
+        drop(client);
+        rig.close().expect("closes");
+        assert_eq!(rig.disk.contents(IMAGE).len(), before, "clusters are kept");
+        rig.judge_closed().expect("clean");
+        // It was the table: with one less there is room.
+        rig.open(&OpenOptions::default()).expect("opens");
+        let client = rig.worker();
+        rig.block_on(async move {
+            let last = Selector {
+                id: hollow()
+                    .last()
+                    .map(|entry| String::from_utf8(entry.id.clone()).expect("a number")),
+                name: None,
+            };
+            client.worker.delete_snapshot(&last).await.expect("deleted");
+            client.snapshot("a").await.expect("taken");
+            client.settle().await;
+        });
+        rig.verdict().expect("no violation");
+        rig.close().expect("closes");
+        assert!(rig.check().expect("a report").is_clean());
+    }
 }
 
 /// A count that nothing explains is at its maximum: a settle could not add to it.

@@ -127,8 +127,8 @@ impl Rig {
         }
         let model = Model::new((0..recipe.sectors()).map(|sector| recipe.value(sector)));
         let snapshot = recipe.snapshot.then(|| {
-            let all =
-                (0..recipe.sectors()).flat_map(|sector| sector_bytes(sector, recipe.value(sector)));
+            let all = (0..recipe.size_then() / 512)
+                .flat_map(|sector| sector_bytes(sector, recipe.value(sector)));
             Rc::new(all.collect())
         });
         Self {

@@ -9,7 +9,9 @@ use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{
@@ -92,6 +94,13 @@ impl Driver {
             call: EventFd::new(EFD_NONBLOCK)?,
             submitted: 0,
         })
+    }
+
+    /// Sectors of the disk, as the configuration space has them.
+    pub(crate) fn capacity(&mut self) -> Result<u64, Failure> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let (_, bytes) = self.frontend.get_config(0, 8, flags, &[0; 8])?;
+        Ok(u64::from_le_bytes(bytes.as_slice().try_into()?))
     }
 
     /// Shares the memory and starts the ring from its beginning.
@@ -242,6 +251,22 @@ impl Driver {
         self.submit(&[0])?;
         self.wait()?;
         self.get(STATUS)
+    }
+
+    /// The first bytes of the disk, so many that they are whole data areas.
+    pub(crate) fn read_disk(&mut self, bytes: u64) -> Result<Vec<u8>, Failure> {
+        const PIECE: u32 = 1 << 19;
+        let mut disk = Vec::new();
+        let mut piece = vec![0; usize::try_from(PIECE)?];
+        for start in (0..bytes).step_by(piece.len()) {
+            let status = self.request(IN, start / 512, PIECE, WRITE)?;
+            if status != OK {
+                return Err(format!("a read at {start} ends with status {status}").into());
+            }
+            self.memory.read_slice(&mut piece, GuestAddress(DATA))?;
+            disk.extend_from_slice(&piece);
+        }
+        Ok(disk)
     }
 
     /// Fills the data area with one byte.

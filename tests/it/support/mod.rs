@@ -6,6 +6,7 @@ pub(crate) mod driver;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod server;
+pub(crate) mod terminal;
 
 use std::error::Error;
 use std::io::Write;
