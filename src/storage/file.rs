@@ -98,7 +98,7 @@ pub struct HostFile {
     /// Bit set of [`Feature`]s that the host refused with "not supported".
     missing: AtomicU8,
     ranges: Arc<RangeLock>,
-    /// On a file system that lives in memory: a write waits for no device, and making it durable does
+    /// On a file system that lives in memory: transfers wait for no device, and making it durable does
     /// nothing.
     in_memory: bool,
 }
@@ -194,7 +194,7 @@ impl HostFile {
         Ok(host_file)
     }
 
-    /// Whether the file lives in memory, so that a write or a sync has nothing to wait for.
+    /// Whether the file lives in memory, so that neither transfers nor syncs have anything to wait for.
     #[inline]
     pub(crate) fn is_in_memory(&self) -> bool {
         self.in_memory

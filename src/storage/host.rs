@@ -635,7 +635,9 @@ pub(super) mod tests {
 
     /// A scratch directory on a disk (O_DIRECT is meant there) and one on tmpfs.
     pub(crate) fn places() -> Vec<TempDir> {
-        let on_disk = tempfile::tempdir().unwrap();
+        // Beside the test's program: the folder for temporary files may be in memory.
+        let program = std::env::current_exe().unwrap();
+        let on_disk = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
         let mut places = vec![on_disk];
         if Path::new("/dev/shm").is_dir() {
             places.push(tempfile::tempdir_in("/dev/shm").unwrap());

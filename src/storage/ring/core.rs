@@ -1,7 +1,7 @@
 //! The two queues that a thread shares with the kernel, and the slots of what is in flight.
 //!
 //! Unsafe is needed in two places: in [`Core::push`] an SQE goes to the kernel with what it points to, and
-//! a write at once names raw memory. The ownership argument is the module's above.
+//! a transfer at once names raw memory. The ownership argument is the module's above.
 
 #![expect(
     unsafe_code,
@@ -193,9 +193,9 @@ impl Core {
             "{} segments in one operation",
             iovs.len()
         );
-        if direction == Direction::Write
-            && let Some(result) = self.write_at_once(file, offset, iovs)
-        {
+        // Not for writes: those of one file exclude each other in the kernel anyway.
+        let hand_over = direction == Direction::Read && self.is_long_copy(file, iovs);
+        if !hand_over && let Some(result) = self.transfer_at_once(direction, file, offset, iovs) {
             self.backlog.push_back((token, result, false));
             return Ok(());
         }
@@ -205,9 +205,7 @@ impl Core {
         slot.iovs.extend_from_slice(iovs);
         slot.state = SlotState::Fast { token };
         let mut entry = self.transfer_entry(direction, file, false, offset, index);
-        // Not for writes: those of one file exclude each other in the kernel anyway.
-        let crowd = direction == Direction::Read && self.in_flight[Sort::Fast as usize] > 1;
-        if crowd && self.is_long_copy(file, index) {
+        if hand_over && self.in_flight[Sort::Fast as usize] > 1 {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
         self.push(entry, index as u64).inspect_err(|Full| {
@@ -215,15 +213,21 @@ impl Core {
         })
     }
 
-    /// Writes to a file in memory, and returns what the kernel's completion would say.
+    /// Transfers to or from a file in memory, and returns what the kernel's completion would say.
     #[inline]
-    fn write_at_once(&self, id: FileId, offset: u64, iovs: &[libc::iovec]) -> Option<i32> {
+    fn transfer_at_once(
+        &self,
+        direction: Direction,
+        id: FileId,
+        offset: u64,
+        iovs: &[libc::iovec],
+    ) -> Option<i32> {
         let entry = self.files.get(id)?;
         if !entry.file.is_in_memory() {
             return None;
         }
         // SAFETY: the memory is valid until the token is reaped, by the contract of the push functions.
-        let result = unsafe { transfer_iovecs(Direction::Write, entry.file.fd(), offset, iovs) };
+        let result = unsafe { transfer_iovecs(direction, entry.file.fd(), offset, iovs) };
         Some(match result {
             // No system call moves as much as an `i32` has no room for.
             Ok(moved) => i32::try_from(moved).unwrap_or(i32::MAX),
@@ -234,13 +238,12 @@ impl Core {
     /// Whether a transfer is a copy by the processor that takes long enough to be worth a thread of
     /// the kernel's: submitting it would do the copy at once, one after the other.
     #[inline]
-    fn is_long_copy(&self, id: FileId, index: usize) -> bool {
+    fn is_long_copy(&self, id: FileId, iovs: &[libc::iovec]) -> bool {
         let buffered = self
             .files
             .get(id)
             .is_some_and(|entry| !entry.file.mode().direct);
-        let segments = &self.slots[index].iovs;
-        buffered && segments.iter().map(|iov| iov.iov_len).sum::<usize>() >= LONG_COPY_BYTES
+        buffered && iovs.iter().map(|iov| iov.iov_len).sum::<usize>() >= LONG_COPY_BYTES
     }
 
     /// The SQE of a transfer of the segments in the slot.

@@ -95,8 +95,8 @@ impl RawIo for RingIo {
         if i64::try_from(offset).is_err() {
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
-        if direction == Direction::Write && target.file.is_in_memory() {
-            // Once around the caller's loop first: many writes at once would keep all else waiting.
+        if target.file.is_in_memory() {
+            // Once around the caller's loop first: many copies at once would keep all else waiting.
             self.other(opcode::Nop::new().build(), None).await?;
             return transfer(direction, target.fd(), offset, &sg);
         }
