@@ -9,14 +9,14 @@
 //! often as it is named, which gives the same numbers. Tables are read in the order in which they lie
 //! in the file, neighbours together.
 //!
-//! Memory: [`count`](super::count) for the clusters, 24 bytes for each L2 table, one L1 table (at
-//! most 32 MiB), the refcount table (at most 8 MiB), and one read of at most 4 MiB.
+//! Memory: [`count`](super::count) for the clusters (at most 2 GiB), 16 bytes for each L2 table, one L1
+//! table (at most 32 MiB), the refcount table (at most 8 MiB), and 1 MiB of tables.
 
 mod piecemeal;
 
 use std::collections::{HashMap, HashSet};
 
-use super::count::{CHUNK_CLUSTERS, CLUSTERS_MAX, ClusterSet, RefCounts};
+use super::count::{CLUSTERS_MAX, ClusterSet, GROUP_CLUSTERS, RefCounts};
 use super::report::{Report, Severity};
 use super::{Phase, Progress};
 use crate::engine::error::{Error, ErrorKind};
@@ -30,10 +30,16 @@ use crate::format::{
 use crate::storage::{AlignedBuf, Storage};
 use crate::units::{HostCluster, HostOffset, to_u64, to_usize};
 
-pub(in crate::engine) use self::piecemeal::{Counted, Piecemeal};
+pub(in crate::engine) use self::piecemeal::{COUNTS_BYTES, Counted, Piecemeal};
 
-/// Longest single read of tables.
-const READ_BYTES: u64 = 4 << 20;
+/// Bytes of tables that are read together (at least one table).
+const READ_BYTES: u64 = 1 << 20;
+
+/// Tables that are collected before they are sorted.
+const TABLES_MORE: usize = 4096;
+
+/// Memory for the counts of a check: one byte for each cluster of the largest file.
+const COUNTS_BYTES_MAX: usize = 2 << 30;
 
 /// Bits of a standard L2 entry that are neither offset nor flag.
 const L2_RESERVED: u64 = !(COPIED | COMPRESSED | ZERO | OFFSET);
@@ -61,15 +67,79 @@ pub(super) enum Role {
     Bitmaps,
 }
 
-/// An L2 table and how often it is named.
+/// An L2 table and how often it is named. There may be many.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct TableUse {
-    /// Where it is: aligned to a cluster, inside the file.
-    pub(super) offset: u64,
+    /// Where it is: a host cluster inside the file, below [`CLUSTERS_MAX`].
+    cluster: u32,
+    /// By the active L1 table.
+    active: u32,
     /// By all L1 tables together.
     pub(super) total: u64,
-    /// By the active L1 table.
-    pub(super) active: u64,
+}
+
+const _: () = assert!(CLUSTERS_MAX <= 1 << 32);
+
+impl TableUse {
+    /// Adds the uses of the same table.
+    fn join(&mut self, same: &Self) {
+        self.active += same.active;
+        self.total += same.total;
+    }
+
+    /// Where it is.
+    pub(super) fn cluster(&self) -> u64 {
+        u64::from(self.cluster)
+    }
+
+    /// How often the active L1 table names it.
+    pub(super) fn active(&self) -> u64 {
+        u64::from(self.active)
+    }
+}
+
+/// The L2 tables that L1 tables name.
+#[derive(Default)]
+struct Tables {
+    /// In file order, each once.
+    sorted: Vec<TableUse>,
+    /// Those that are not among them yet.
+    more: Vec<TableUse>,
+}
+
+impl Tables {
+    /// A table is named once more, by so many L1 tables at once.
+    fn add(&mut self, table: TableUse) {
+        match self
+            .sorted
+            .binary_search_by_key(&table.cluster, |known| known.cluster)
+        {
+            Ok(index) => self.sorted[index].join(&table),
+            Err(_) => self.more.push(table),
+        }
+        // A part of what there is: neither many copies nor much memory.
+        if self.more.len() > TABLES_MORE.max(self.sorted.len() / 4) {
+            self.sort();
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sorted.is_empty() && self.more.is_empty()
+    }
+
+    /// All of them are sorted.
+    fn sort(&mut self) {
+        self.sorted.reserve_exact(self.more.len());
+        self.sorted.append(&mut self.more);
+        self.sorted.sort_unstable();
+        self.sorted.dedup_by(|next, kept| {
+            let same = next.cluster == kept.cluster;
+            if same {
+                kept.join(next);
+            }
+            same
+        });
+    }
 }
 
 /// The result.
@@ -109,16 +179,17 @@ struct Surveyor<'a, S> {
     geometry: Geometry,
     /// Entries of the active L1 table that are not those of the file any more.
     l1_at_open: &'a [u64],
-    /// The refcounts in the image are known, so that copied flags can be judged.
-    judges_flags: bool,
+    /// This is a check: copied flags and overlaps are judged, with the refcounts in the image.
+    judges: bool,
     out: Survey,
     /// Clusters whose refcount in the image is exactly one.
     singles: ClusterSet,
     /// Clusters whose refcount cannot be read. Their copied flags cannot be judged.
     unknown: Vec<std::ops::Range<u64>>,
-    /// L2 tables by offset, before they are sorted: total and active uses.
-    found_tables: HashMap<u64, (u64, u64)>,
+    /// L2 tables that are not read yet.
+    found_tables: Tables,
     /// Metadata clusters other than L2 tables: what they are, and how often they are named as such.
+    /// Only where overlaps are judged.
     roles: HashMap<u64, (Role, u64)>,
 }
 
@@ -131,12 +202,26 @@ pub(super) async fn survey<S: Storage>(
     let mut surveyor = Surveyor::new(source, layout)?;
     surveyor.load_refcounts(progress).await?;
     surveyor.roots().await?;
-    surveyor.l2_tables(progress).await;
+    surveyor.l2_tables(progress).await?;
     surveyor.bitmaps().await;
     surveyor.refcount_structure();
     surveyor.compare(progress).await;
     surveyor.overlaps();
+    surveyor.out.counts_all()?;
     Ok(surveyor.out)
+}
+
+impl Survey {
+    /// There was memory for the counts of all clusters.
+    pub(super) fn counts_all(&self) -> Result<(), Error> {
+        if self.refs.window().end == CLUSTERS_MAX {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "clusters have so many references that a check has no memory to count them",
+        ))
+    }
 }
 
 impl<'a, S: Storage> Surveyor<'a, S> {
@@ -158,13 +243,13 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             layout,
             geometry,
             l1_at_open: &[],
-            judges_flags: true,
+            judges: true,
             out: Survey {
                 report: Report {
                     total_clusters: geometry.clusters_for(layout.virtual_size),
                     ..Report::default()
                 },
-                refs: RefCounts::default(),
+                refs: RefCounts::new(0, COUNTS_BYTES_MAX),
                 reftable: Vec::new(),
                 tables: Vec::new(),
                 cluster_count,
@@ -178,7 +263,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             },
             singles: ClusterSet::default(),
             unknown: Vec::new(),
-            found_tables: HashMap::new(),
+            found_tables: Tables::default(),
             roles: HashMap::new(),
         })
     }
@@ -253,6 +338,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
     fn metadata(&mut self, offset: u64, len: u64, times: u64, role: Role) -> bool {
         if !self.count(offset, len, times, role.name()) {
             return false;
+        }
+        if !self.judges {
+            return true;
         }
         let cluster_size = self.geometry.cluster_size();
         for cluster in offset / cluster_size..offset.saturating_add(len).div_ceil(cluster_size) {
@@ -356,7 +444,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
 
     /// Reports a copied flag that does not fit the refcount of `cluster`, if that is known.
     fn wrong_flag(&mut self, cluster: u64, times: u64, text: impl FnOnce() -> String) {
-        if !self.judges_flags || self.unknown.iter().any(|range| range.contains(&cluster)) {
+        if !self.judges || self.unknown.iter().any(|range| range.contains(&cluster)) {
             return;
         }
         self.out.flag_errors += times;
@@ -398,9 +486,11 @@ impl<'a, S: Storage> Surveyor<'a, S> {
         if !inside {
             return;
         }
-        let uses = self.found_tables.entry(offset).or_insert((0, 0));
-        uses.0 += total;
-        uses.1 += active;
+        self.found_tables.add(TableUse {
+            cluster: small(self.geometry.host_cluster(HostOffset::new(offset)).get()),
+            active: small(active),
+            total,
+        });
     }
 
     /// Reads the snapshot table and walks the L1 table of each internal snapshot.
@@ -468,41 +558,48 @@ impl<'a, S: Storage> Surveyor<'a, S> {
     }
 
     /// The L2 tables that were named, in file order.
-    fn sorted_tables(&mut self) -> Vec<TableUse> {
-        let mut tables: Vec<TableUse> = self
-            .found_tables
-            .drain()
-            .map(|(offset, (total, active))| TableUse {
-                offset,
-                total,
-                active,
-            })
-            .collect();
-        tables.sort_unstable();
-        tables
+    fn take_tables(&mut self) -> Vec<TableUse> {
+        let mut tables = std::mem::take(&mut self.found_tables);
+        tables.sort();
+        tables.sorted
     }
 
-    /// Counts what L2 tables name that lie next to each other.
-    async fn l2_run(&mut self, run: &[TableUse]) {
-        let Some(first) = run.first() else { return };
-        let cluster_size = self.geometry.cluster_size();
-        let bytes = to_u64(run.len()) * cluster_size;
-        let Some(buf) = self.read(first.offset, bytes, "L2 tables").await else {
-            return;
-        };
-        for (uses, table) in run.iter().zip(buf.chunks_exact(to_usize(cluster_size))) {
+    /// Counts what some tables name, of which the first is at index `first` in `bytes`.
+    fn count_tables(&mut self, tables: &[TableUse], bytes: &[u8], first: usize) {
+        let cluster_size = to_usize(self.geometry.cluster_size());
+        let bytes = bytes.chunks_exact(cluster_size).skip(first);
+        for (uses, table) in tables.iter().zip(bytes) {
             self.l2_table(*uses, table);
         }
     }
 
-    /// Walks all L2 tables, neighbours in one read.
-    async fn l2_tables(&mut self, progress: &mut dyn FnMut(Progress)) {
-        let tables = self.sorted_tables();
+    /// Counts what some L2 tables name.
+    async fn read_tables(&mut self, tables: &[TableUse]) {
+        let cluster_size = self.geometry.cluster_size();
+        let starts: Vec<u64> = tables
+            .iter()
+            .map(|uses| uses.cluster() << self.geometry.cluster_bits())
+            .collect();
+        let read = self.source.read_clusters(cluster_size, &starts).await;
+        let mut next = 0;
+        for (failed, error) in read.failed {
+            self.count_tables(&tables[next..failed.start], &read.buf, next);
+            next = failed.end;
+            self.readable(Err(error), starts[failed.start], "L2 tables");
+        }
+        self.count_tables(&tables[next..], &read.buf, next);
+    }
+
+    /// Walks all L2 tables.
+    async fn l2_tables(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+        let tables = self.take_tables();
         let total = to_u64(tables.len());
+        let most = to_usize((READ_BYTES / self.geometry.cluster_size()).max(1));
         let mut done = 0;
-        for run in neighbours(&tables, self.geometry.cluster_size()) {
-            done += to_u64(run.len());
-            self.l2_run(run).await;
+        for piece in tables.chunks(most) {
+            self.read_tables(piece).await;
+            self.out.counts_all()?;
+            done += to_u64(piece.len());
             progress(Progress {
                 phase: Phase::Tables,
                 done,
@@ -510,6 +607,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             });
         }
         self.out.tables = tables;
+        Ok(())
     }
 
     /// Counts what one L2 table names. The loop that a full image spends its time in: anything but
@@ -519,7 +617,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
         let cluster_size = self.geometry.cluster_size();
         let odd = COMPRESSED | ZERO | L2_RESERVED | (OFFSET & (cluster_size - 1));
         let file_len = self.source.len;
-        let judges_flags = self.judges_flags;
+        let judges = self.judges;
         let mut expected = 0;
         let (mut allocated, mut fragmented) = (0, 0);
         for (index, raw) in table.as_chunks::<8>().0.iter().enumerate() {
@@ -537,24 +635,21 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             expected = offset + cluster_size;
             let cluster = offset >> cluster_bits;
             self.out.refs.add(cluster, uses.total);
-            if judges_flags && self.singles.contains(cluster) != (entry & COPIED != 0) {
+            if judges && self.singles.contains(cluster) != (entry & COPIED != 0) {
                 self.wrong_l2_flag(uses, index, entry);
             }
         }
-        self.out.report.allocated_clusters += allocated * uses.active;
-        self.out.report.fragmented_clusters += fragmented * uses.active;
+        self.out.report.allocated_clusters += allocated * uses.active();
+        self.out.report.fragmented_clusters += fragmented * uses.active();
     }
 
     /// Counts what an L2 entry names that is compressed, zero, or wrong. `expected` is where the next
     /// cluster would be if the table were not fragmented.
     #[cold]
     fn odd_l2_entry(&mut self, uses: TableUse, index: usize, entry: u64, expected: &mut u64) {
-        let place = |what: &str| {
-            format!(
-                "L2 table at {:#x}, entry {index} {entry:#018x}: {what}",
-                uses.offset
-            )
-        };
+        let table = uses.cluster() << self.geometry.cluster_bits();
+        let place =
+            |what: &str| format!("L2 table at {table:#x}, entry {index} {entry:#018x}: {what}");
         if entry & COMPRESSED != 0 {
             self.compressed_entry(uses, entry, place);
             return;
@@ -567,9 +662,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             return;
         }
         let cluster_size = self.geometry.cluster_size();
-        self.out.report.allocated_clusters += uses.active;
+        self.out.report.allocated_clusters += uses.active();
         if *expected != 0 && offset != *expected {
-            self.out.report.fragmented_clusters += uses.active;
+            self.out.report.fragmented_clusters += uses.active();
         }
         *expected = offset + cluster_size;
         if !self.geometry.is_cluster_aligned(offset) {
@@ -599,9 +694,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             self.out.entry_flaws += 1;
             self.corruption(uses.total, || place("copied flag on a compressed cluster"));
         }
-        self.out.report.allocated_clusters += uses.active;
-        self.out.report.compressed_clusters += uses.active;
-        self.out.report.fragmented_clusters += uses.active;
+        self.out.report.allocated_clusters += uses.active();
+        self.out.report.compressed_clusters += uses.active();
+        self.out.report.fragmented_clusters += uses.active();
         let trusted = match L2Entry(entry).decode(self.geometry, self.layout.version) {
             Ok(Cluster::Compressed { host, bytes }) => {
                 self.count(host.get(), bytes, uses.total, "compressed cluster")
@@ -620,11 +715,9 @@ impl<'a, S: Storage> Surveyor<'a, S> {
     #[cold]
     fn wrong_l2_flag(&mut self, uses: TableUse, index: usize, entry: u64) {
         let cluster = (entry & OFFSET) >> self.geometry.cluster_bits();
-        self.wrong_flag(cluster, uses.active, || {
-            format!(
-                "L2 table at {:#x}, entry {index} {entry:#018x}: copied flag is wrong",
-                uses.offset
-            )
+        let table = uses.cluster() << self.geometry.cluster_bits();
+        self.wrong_flag(cluster, uses.active(), || {
+            format!("L2 table at {table:#x}, entry {index} {entry:#018x}: copied flag is wrong")
         });
     }
 
@@ -725,7 +818,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
                 let cluster = offset / cluster_size;
                 self.out.refcount_clusters.push(cluster);
                 let references = self.out.refs.get(cluster);
-                if references == 1 {
+                if references == 1 || !self.out.refs.window().contains(&cluster) {
                     continue;
                 }
                 self.corruption(1, || {
@@ -812,23 +905,18 @@ impl<'a, S: Storage> Surveyor<'a, S> {
         }
     }
 
-    /// Compares the refcounts of one block, chunk by chunk of the counts where that is possible.
+    /// Compares the refcounts of one block, group by group of the counts where that is possible.
     fn compare_block(&mut self, clusters: std::ops::Range<u64>, block: &[u8], highest: &mut u64) {
         let order = self.geometry.refcount_order();
-        let chunk_clusters = to_u64(CHUNK_CLUSTERS);
         let mut from = clusters.start;
+        // A block has whole groups.
         while from < clusters.end {
-            let chunk = from / chunk_clusters * chunk_clusters;
-            let to = (chunk + chunk_clusters).min(clusters.end);
+            let to = clusters.end.min(from + to_u64(GROUP_CLUSTERS));
             let places = to_usize(from - clusters.start)..to_usize(to - clusters.start);
             let equal = order == 4
-                && match self.out.refs.small_chunk(chunk) {
-                    Some(counts) => equal_counts(
-                        &block.as_chunks::<2>().0[places.clone()],
-                        counts.map(|all| &all[to_usize(from - chunk)..to_usize(to - chunk)]),
-                    ),
-                    None => false,
-                };
+                && self.out.refs.small_group(from).is_some_and(|counts| {
+                    equal_counts(&block.as_chunks::<2>().0[places.clone()], &counts)
+                });
             if !equal {
                 for (cluster, place) in (from..to).zip(places) {
                     self.compare_cluster(cluster, refcount::get(block, order, place), highest);
@@ -869,7 +957,6 @@ impl<'a, S: Storage> Surveyor<'a, S> {
 
     /// Finds metadata clusters that something else uses too.
     fn overlaps(&mut self) {
-        let bits = self.geometry.cluster_bits();
         let mut conflicts: Vec<u64> = self
             .roles
             .iter()
@@ -880,7 +967,7 @@ impl<'a, S: Storage> Surveyor<'a, S> {
             .out
             .tables
             .iter()
-            .map(|uses| (uses.offset >> bits, uses.total));
+            .map(|uses| (uses.cluster(), uses.total));
         conflicts.extend(
             tables
                 .filter(|(cluster, total)| self.out.refs.get(*cluster) != *total)
@@ -955,20 +1042,14 @@ impl BitmapEntry {
     }
 }
 
+/// A number that fits 32 bits: a cluster that is counted, or a number of L1 entries.
+fn small(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
 /// What to call a snapshot.
 fn name_of(entry: &SnapshotEntry) -> String {
     format!("snapshot {}", String::from_utf8_lossy(&entry.id))
-}
-
-/// Cuts sorted tables into runs that lie next to each other and fit in one read.
-pub(super) fn neighbours(
-    tables: &[TableUse],
-    cluster_size: u64,
-) -> impl Iterator<Item = &[TableUse]> {
-    let run_max = to_usize((READ_BYTES / cluster_size).max(1));
-    tables
-        .chunk_by(move |one, next| one.offset + cluster_size == next.offset)
-        .flat_map(move |run| run.chunks(run_max))
 }
 
 /// Calls `visit` with the place and value of the first `end` refcounts of a block.
@@ -984,16 +1065,11 @@ fn each_refcount(block: &[u8], order: u32, end: u64, mut visit: impl FnMut(u64, 
     }
 }
 
-/// Whether 16-bit refcounts equal these counts; `None` stands for all zeroes. No early end, so that
-/// the compiler can use vector instructions.
-fn equal_counts(refcounts: &[[u8; 2]], counts: Option<&[u8]>) -> bool {
-    let different = match counts {
-        Some(counts) => refcounts.iter().zip(counts).fold(0, |bits, (raw, count)| {
-            bits | (u16::from_be_bytes(*raw) ^ u16::from(*count))
-        }),
-        None => refcounts
-            .iter()
-            .fold(0, |bits, raw| bits | u16::from_be_bytes(*raw)),
-    };
-    different == 0
+/// Whether 16-bit refcounts equal these counts. No early end, so that the compiler can use vector
+/// instructions.
+fn equal_counts(refcounts: &[[u8; 2]], counts: &[u16]) -> bool {
+    let pairs = refcounts.iter().zip(counts);
+    pairs.fold(0, |bits, (raw, count)| {
+        bits | (u16::from_be_bytes(*raw) ^ *count)
+    }) == 0
 }
