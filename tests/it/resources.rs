@@ -80,7 +80,9 @@ fn most_while_working(server: &Server, client: &mut Qmp) -> Result<u64, Failure>
 
 #[test]
 fn background_work_on_two_tebibytes_needs_little_memory() -> Result<(), Failure> {
-    const KIB_MAX: u64 = 16 << 10;
+    const SETTLE_KIB_MAX: u64 = 16 << 10;
+    /// Counts of 9 MiB, buffers, and what the heap keeps between them.
+    const REBUILD_KIB_MAX: u64 = 24 << 10;
     /// Of the header: the least significant byte of the incompatible features.
     const DIRTY_BYTE: u64 = 79;
     let test = "background_work_on_two_tebibytes_needs_little_memory";
@@ -105,7 +107,7 @@ fn background_work_on_two_tebibytes_needs_little_memory() -> Result<(), Failure>
     let taken = client.answer()?;
     ensure(taken["return"].is_object(), || taken.to_string())?;
     let settle = most_while_working(&server, &mut client)?;
-    ensure(settle <= idle + KIB_MAX, || {
+    ensure(settle <= idle + SETTLE_KIB_MAX, || {
         format!("{settle} KiB in a settle, {idle} before")
     })?;
     drop(client);
@@ -123,7 +125,7 @@ fn background_work_on_two_tebibytes_needs_little_memory() -> Result<(), Failure>
         jobs.to_string()
     })?;
     let rebuild = most_while_working(&server, &mut client)?;
-    ensure(rebuild <= idle + KIB_MAX, || {
+    ensure(rebuild <= idle + REBUILD_KIB_MAX, || {
         format!("{rebuild} KiB in a rebuild, {idle} when idle")
     })?;
     drop(client);

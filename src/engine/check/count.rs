@@ -74,6 +74,21 @@ impl Chunk {
             .fold(0, |count, word| count << 1 | word >> at & 1)
     }
 
+    /// Adds to a count. Returns what there are no bits for, in units of the next bit.
+    #[inline]
+    fn add(&mut self, place: usize, times: u32) -> u64 {
+        let bits = self.bits();
+        let words = &mut self.0[place / GROUP_CLUSTERS * bits..][..bits];
+        let at = place % GROUP_CLUSTERS;
+        let mut left = u64::from(times);
+        for word in words {
+            left += *word >> at & 1;
+            *word = *word & !(1 << at) | (left & 1) << at;
+            left >>= 1;
+        }
+        left
+    }
+
     /// Replaces a count. False: it needs more bits.
     #[inline]
     fn set(&mut self, place: usize, count: u64) -> bool {
@@ -157,16 +172,26 @@ impl RefCounts {
     /// outside of the window.
     #[inline]
     pub(super) fn add(&mut self, cluster: u64, times: u64) {
-        if let Some((chunk, place)) = self.place(cluster)
-            && let Some(Some(counts)) = self.chunks.get_mut(chunk)
-        {
-            let count = counts.get(place).saturating_add(times);
-            if counts.set(place, count) {
-                self.end = self.end.max(cluster + 1);
-                return;
-            }
+        let Ok(few) = u32::try_from(times) else {
+            return self.set(cluster, self.get(cluster).saturating_add(times));
+        };
+        let Some((chunk, place)) = self.place(cluster) else {
+            // Nothing, but a look at the number.
+            return self.set(cluster, 0);
+        };
+        let Some(Some(counts)) = self.chunks.get_mut(chunk) else {
+            return self.set(cluster, times);
+        };
+        self.end = self.end.max(cluster + 1);
+        let more = counts.add(place, few);
+        if more != 0 {
+            let count = match counts.bits() {
+                // More than can be said.
+                64 => u64::MAX,
+                bits => counts.get(place) | more << bits,
+            };
+            self.set(cluster, count);
         }
-        self.set(cluster, self.get(cluster).saturating_add(times));
     }
 
     /// Takes back `times` references that were added before.
@@ -180,14 +205,17 @@ impl RefCounts {
     }
 
     /// References to `cluster`; none outside of the window.
-    #[inline]
     pub(super) fn get(&self, cluster: u64) -> u64 {
-        let Some((chunk, place)) = self.place(cluster) else {
-            return 0;
-        };
+        self.get_inside(cluster).unwrap_or(0)
+    }
+
+    /// References to `cluster`, if it is in the window.
+    #[inline]
+    pub(super) fn get_inside(&self, cluster: u64) -> Option<u64> {
+        let (chunk, place) = self.place(cluster)?;
         match self.chunks.get(chunk) {
-            Some(Some(counts)) => counts.get(place),
-            _ => 0,
+            Some(Some(counts)) => Some(counts.get(place)),
+            _ => Some(0),
         }
     }
 

@@ -21,8 +21,8 @@ use crate::format::RefcountTableEntry;
 use crate::storage::{FileId, Storage};
 use crate::units::to_u64;
 
-/// Memory of the counts: enough for 2 TiB in clusters of 64 KiB and six snapshots of all of it.
-pub(in crate::engine) const COUNTS_BYTES: usize = 13 << 20;
+/// Memory of the counts: enough for 2 TiB in clusters of 64 KiB and two snapshots of all of it.
+pub(in crate::engine) const COUNTS_BYTES: usize = 9 << 20;
 
 /// See the module text.
 pub(in crate::engine) struct Piecemeal {
@@ -249,10 +249,9 @@ impl Counted {
     /// The count that a cluster must get whose count is `found`: the same outside of the window. `None`
     /// where the width of refcounts has no room for it.
     pub(in crate::engine) fn wanted(&self, cluster: u64, found: u64) -> Option<u64> {
-        if !self.refs.window().contains(&cluster) {
+        let Some(references) = self.refs.get_inside(cluster) else {
             return Some(found);
-        }
-        let references = self.refs.get(cluster);
+        };
         // What looks free may belong to something that could not be looked at.
         let wanted = if self.trusted {
             references
