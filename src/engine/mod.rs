@@ -14,6 +14,7 @@
 
 mod active;
 mod allocator;
+mod bulk;
 pub mod cache;
 pub mod chain;
 pub mod check;

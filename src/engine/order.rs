@@ -24,7 +24,6 @@
 //! A flush without modified metadata is one `fdatasync` and nothing else. Flushes of several queues
 //! join: while one runs, all others wait together for the next.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -543,17 +542,20 @@ impl<S: Storage> Worker<S> {
         #[cfg(test)]
         gap(5);
         let (blocks, names) = active.allocator.collect();
-        let tables: HashSet<u64> = l1_values
-            .iter()
-            .filter_map(|raw| crate::format::l1::L1Entry(*raw).table_offset())
-            .map(crate::units::HostOffset::get)
-            .collect();
         let mut l1 = Vec::new();
         for (index, value) in l1_indices.iter().zip(&l1_values) {
             let target = extend(&mut l1, active.l1_offset + to_u64(*index) * 8, 8);
             target.copy_from_slice(&value.to_be_bytes());
         }
-        let l1_tables = tables.into_iter().collect();
+        // There may be many: each once, without a copy of what is there already.
+        let mut l1_tables = l1_values;
+        l1_tables.retain_mut(|raw| {
+            let table = crate::format::l1::L1Entry(*raw).table_offset();
+            *raw = table.map_or(0, crate::units::HostOffset::get);
+            table.is_some()
+        });
+        l1_tables.sort_unstable();
+        l1_tables.dedup();
         Collected {
             dropped,
             new_tables,

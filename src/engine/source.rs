@@ -7,6 +7,7 @@
 
 use std::io;
 
+use super::bulk::{Read, read_clusters};
 use super::error::{Error, ErrorKind};
 use crate::format::geometry::SNAPSHOT_TABLE_BYTES_MAX;
 use crate::format::header::AUTOCLEAR_BITMAPS;
@@ -131,6 +132,11 @@ impl<'a, S: Storage> Source<'a, S> {
             return (Ok(()), buf);
         }
         self.storage.read_buf(self.file, offset, buf).await
+    }
+
+    /// Reads clusters that begin inside the file, ascending where that is possible.
+    pub(super) async fn read_clusters(&self, cluster_size: u64, starts: &[u64]) -> Read {
+        read_clusters(self.storage, self.file, cluster_size, starts).await
     }
 
     /// Writes a piece of metadata.

@@ -66,6 +66,73 @@ fn two_tebibytes_of_metadata_are_served_from_little_memory() -> Result<(), Failu
     ensure(ended.code()? == 0, || format!("{ended:?}"))
 }
 
+/// The most anonymous memory of a server in KiB, until it has no background work left.
+fn most_while_working(server: &Server, client: &mut Qmp) -> Result<u64, Failure> {
+    let mut most = 0;
+    loop {
+        let jobs = client.execute("query-jobs")?;
+        most = most.max(anonymous_kib(server.id())?);
+        if jobs.as_array().is_some_and(Vec::is_empty) {
+            return Ok(most);
+        }
+    }
+}
+
+#[test]
+fn background_work_on_two_tebibytes_needs_little_memory() -> Result<(), Failure> {
+    const SETTLE_KIB_MAX: u64 = 16 << 10;
+    /// Counts of 9 MiB, buffers, and what the heap keeps between them.
+    const REBUILD_KIB_MAX: u64 = 24 << 10;
+    /// Of the header: the least significant byte of the incompatible features.
+    const DIRTY_BYTE: u64 = 79;
+    let test = "background_work_on_two_tebibytes_needs_little_memory";
+    if !have_tools(test, &["python3"]) {
+        return Ok(());
+    }
+    let (dir, file) = big_image("2T")?;
+    let control = dir.path().join("control.sock");
+    let arguments = [
+        OsStr::new("--blk-file"),
+        file.as_os_str(),
+        OsStr::new("--control"),
+        control.as_os_str(),
+    ];
+    let server = Server::start(arguments)?;
+    let idle = anonymous_kib(server.id())?;
+    let mut client = Qmp::connect(&control)?;
+    client.send(
+        b"{\"execute\": \"blockdev-snapshot-internal-sync\", \"arguments\": \
+        {\"device\": \"disk0\", \"name\": \"s1\"}}\n",
+    )?;
+    let taken = client.answer()?;
+    ensure(taken["return"].is_object(), || taken.to_string())?;
+    let settle = most_while_working(&server, &mut client)?;
+    ensure(settle <= idle + SETTLE_KIB_MAX, || {
+        format!("{settle} KiB in a settle, {idle} before")
+    })?;
+    drop(client);
+    let ended = server.terminate()?;
+    ensure(ended.code()? == 0, || format!("{ended:?}"))?;
+
+    // Each cluster has two references now.
+    let image = File::options().write(true).open(&file)?;
+    image.write_all_at(&[1], DIRTY_BYTE)?;
+    let server = Server::start(arguments)?;
+    let mut client = Qmp::connect(&control)?;
+    let jobs = client.execute("query-jobs")?;
+    let is_rebuild = |id: &str| id.starts_with("rebuild-");
+    ensure(jobs[0]["id"].as_str().is_some_and(is_rebuild), || {
+        jobs.to_string()
+    })?;
+    let rebuild = most_while_working(&server, &mut client)?;
+    ensure(rebuild <= idle + REBUILD_KIB_MAX, || {
+        format!("{rebuild} KiB in a rebuild, {idle} when idle")
+    })?;
+    drop(client);
+    let ended = server.terminate()?;
+    ensure(ended.code()? == 0, || format!("{ended:?}"))
+}
+
 // --- No space ---
 
 /// A server on an image in a small tmpfs, which only this process and it can see.

@@ -78,17 +78,7 @@ impl Allocator {
         change: Change,
         done: &mut usize,
     ) -> Result<(), Error> {
-        let most = to_usize(BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
-        let mut blocks: Vec<u64> = Vec::new();
-        for run in &runs[*done..] {
-            let block = self.block_index(run.start());
-            if blocks.last() != Some(&block) {
-                if blocks.len() == most {
-                    break;
-                }
-                blocks.push(block);
-            }
-        }
+        let (blocks, _) = self.blocks_at_once(runs[*done..].iter().map(|run| run.start()));
         self.borrow_blocks(storage, &blocks).await?;
         let last = blocks.last().copied().unwrap_or(0);
         let mut result = Ok(());
@@ -164,13 +154,22 @@ impl Allocator {
         Ok(changed)
     }
 
-    async fn borrow_blocks<S: Storage>(&self, storage: &S, blocks: &[u64]) -> Result<(), Error> {
+    /// Makes blocks resident for the background work (see [`Self::borrow_block`]), several at a time.
+    ///
+    /// # Errors
+    /// `Io`/`Corrupt` when one of them cannot be loaded.
+    pub(crate) async fn borrow_blocks<S: Storage>(
+        &self,
+        storage: &S,
+        blocks: &[u64],
+    ) -> Result<(), Error> {
         stream::iter(blocks.iter().map(Ok))
             .try_for_each_concurrent(IN_FLIGHT, |block| self.borrow_block(storage, *block))
             .await
     }
 
-    fn give_back_blocks(&self, blocks: &[u64]) {
+    /// Lets go of blocks that only the background work has used, and that equal the file.
+    pub(crate) fn give_back_blocks(&self, blocks: &[u64]) {
         let mut state = lock(&self.state);
         for block in blocks {
             state.blocks.give_back(*block);
@@ -199,26 +198,65 @@ impl Allocator {
         clusters: &[u64],
         say: impl Fn(u64) -> T,
     ) -> Result<Vec<T>, Error> {
-        let entries = self.geometry.refcount_block_entries();
-        let order = self.geometry.refcount_order();
         let mut said = Vec::with_capacity(clusters.len());
-        while let Some(first) = clusters.get(said.len()) {
-            let block = self.block_index(*first);
-            self.borrow_block(storage, block).await?;
-            let mut state = lock(&self.state);
-            // Evicted between loading and locking: load again.
-            let Some(counts) = state.blocks.peek(block) else {
-                continue;
+        while said.len() < clusters.len() {
+            let rest = &clusters[said.len()..];
+            let (blocks, count) = self.blocks_at_once(rest.iter().copied());
+            let result = match self.borrow_blocks(storage, &blocks).await {
+                Ok(()) => self.ask(storage, &rest[..count], &say, &mut said).await,
+                Err(error) => Err(error),
             };
-            let here = clusters[said.len()..]
-                .iter()
-                .take_while(|cluster| self.block_index(**cluster) == block);
-            said.extend(
-                here.map(|cluster| say(refcount::get(counts, order, to_usize(*cluster % entries)))),
-            );
-            state.blocks.give_back(block);
+            self.give_back_blocks(&blocks);
+            result?;
         }
         Ok(said)
+    }
+
+    /// The same for some clusters, whose blocks are resident.
+    async fn ask<S: Storage, T>(
+        &self,
+        storage: &S,
+        clusters: &[u64],
+        say: impl Fn(u64) -> T,
+        said: &mut Vec<T>,
+    ) -> Result<(), Error> {
+        let entries = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order();
+        for here in clusters.chunk_by(|a, b| self.block_index(*a) == self.block_index(*b)) {
+            let block = self.block_index(here.first().copied().unwrap_or(0));
+            loop {
+                // Still here, unless somebody else used it and the budget was short.
+                self.borrow_block(storage, block).await?;
+                let state = lock(&self.state);
+                if let Some(counts) = state.blocks.peek(block) {
+                    let place = |cluster: u64| to_usize(cluster % entries);
+                    let counts = here
+                        .iter()
+                        .map(|cluster| refcount::get(counts, order, place(*cluster)));
+                    said.extend(counts.map(&say));
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The blocks of the first of some ascending clusters, as many as are loaded together, and how many
+    /// clusters those are.
+    fn blocks_at_once(&self, clusters: impl Iterator<Item = u64>) -> (Vec<u64>, usize) {
+        let most = to_usize(BYTES_AT_ONCE >> self.geometry.cluster_bits()).max(1);
+        let mut blocks: Vec<u64> = Vec::new();
+        let mut count = 0;
+        for block in clusters.map(|cluster| self.block_index(cluster)) {
+            if blocks.last() != Some(&block) {
+                if blocks.len() == most {
+                    break;
+                }
+                blocks.push(block);
+            }
+            count += 1;
+        }
+        (blocks, count)
     }
 
     /// The highest of all counts in some blocks.

@@ -7,8 +7,9 @@
 //! Works on a header that decodes: what cannot be opened cannot be checked, as with QEMU.
 //!
 //! Hostile images: every number is checked before something is allocated or read by it, the work is
-//! bounded by the size of the metadata, the memory by 2 GiB of counts for the largest file that is
-//! accepted (2^31 clusters, QEMU's limit too; 32 MiB for 2 TiB in 64 KiB clusters).
+//! bounded by the size of the metadata, the memory by 2 GiB of counts, which is a byte for each cluster
+//! of the largest file that is accepted (2^31 clusters, QEMU's limit too); a full image of 2 TiB in
+//! 64 KiB clusters needs 4 MiB.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +22,7 @@ mod tests;
 
 pub(super) use count::CLUSTERS_MAX;
 pub use report::{Problem, Report, Severity};
-pub(super) use survey::{Counted, Piecemeal};
+pub(super) use survey::{COUNTS_BYTES, Counted, Piecemeal};
 
 use super::source::{Layout, Source};
 use crate::engine::error::{Error, ErrorKind};

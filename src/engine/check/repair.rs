@@ -279,7 +279,7 @@ impl<S: Storage> Repairer<'_, '_, S> {
                 }
             }
         }
-        Ok(())
+        self.survey.counts_all()
     }
 
     /// Sets the refcount of each cluster for which `wrong(found, wanted)` holds. Durable afterwards.
@@ -340,7 +340,7 @@ impl<S: Storage> Repairer<'_, '_, S> {
         let refs = std::mem::take(&mut self.survey.refs);
         let result = self
             .rewrite_tables(
-                |uses| uses.active > 0,
+                |uses| uses.active() > 0,
                 |entry| match L1Entry(entry.0).table_offset() {
                     Some(host) if !entry.is_compressed() => {
                         entry.with_copied(refs.get(host.get() >> bits) == 1)
@@ -361,16 +361,17 @@ impl<S: Storage> Repairer<'_, '_, S> {
     ) -> Result<(), Error> {
         let bits = self.geometry.cluster_bits();
         for uses in self.survey.tables.iter().filter(|uses| chosen(uses)) {
-            if self.survey.conflicts.contains(&(uses.offset >> bits)) {
+            if self.survey.conflicts.contains(&uses.cluster()) {
                 continue;
             }
-            let old = self.load_cluster(uses.offset).await?;
+            let offset = uses.cluster() << bits;
+            let old = self.load_cluster(offset).await?;
             let mut new = AlignedBuf::from_slice(&old);
             for raw in new.as_chunks_mut::<8>().0 {
                 let entry = L2Entry(u64::from_be_bytes(*raw));
                 *raw = change(entry).0.to_be_bytes();
             }
-            self.source.write_changes(uses.offset, &old, &new).await?;
+            self.source.write_changes(offset, &old, &new).await?;
         }
         self.source.sync().await
     }

@@ -14,13 +14,13 @@ use std::sync::atomic::Ordering;
 use event_listener::EventListener;
 
 use super::alone::Alone;
+#[cfg(test)]
+use super::alone::AloneLimits;
 use super::delete::Given;
 use super::flags::{Adopt, Flags, Look, Looked};
 use super::reown::Reown;
 use super::walk::Walk;
 use super::{BackgroundStatus, Snapshots, Task, Work};
-#[cfg(test)]
-use super::{alone::AloneLimits, walk::Limits};
 use crate::engine::Image;
 use crate::engine::allocator::Change;
 use crate::engine::error::{Error, lock};
@@ -134,13 +134,24 @@ impl Image {
     /// what is known about counts.
     pub(in crate::engine) fn limit_memory(&self, runs: usize, window: u64, alone_bytes: usize) {
         let Some(active) = &self.active else { return };
-        *lock(&active.snapshots.limits) = Limits { runs, window };
+        {
+            let mut limits = lock(&active.snapshots.limits);
+            limits.runs = runs;
+            limits.window = window;
+        }
         if let Some(mut background) = active.snapshots.background.try_lock() {
             background.alone.limit(AloneLimits {
                 bytes_max: alone_bytes,
                 group_min: 1,
                 learnt_bytes: 1,
             });
+        }
+    }
+
+    /// Gives the counts of a rebuild so many bytes.
+    pub(in crate::engine) fn limit_counts(&self, bytes: usize) {
+        if let Some(active) = &self.active {
+            lock(&active.snapshots.limits).counts_bytes = bytes;
         }
     }
 }

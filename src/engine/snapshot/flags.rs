@@ -18,14 +18,13 @@ use std::sync::atomic::Ordering;
 
 use super::alone::Alone;
 use super::reown::Done;
-use super::settle::{cleared, share_table};
 use crate::engine::error::{Error, lock};
 use crate::engine::layer::Mapping;
 use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::l1::L1Entry;
 use crate::format::l2::{Cluster, L2Entry};
-use crate::storage::{AlignedBuf, SgList, Storage};
+use crate::storage::{AlignedBuf, Storage};
 use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// L1 entries that are looked at together.
@@ -111,66 +110,90 @@ impl<S: Storage> Worker<S> {
         alone: &mut Alone,
     ) -> Result<Looked, Error> {
         let mapping = target.mapping;
-        let mut read = 0;
-        while read < BYTES_AT_ONCE {
-            if look.next >= mapping.l1.len() {
-                return Ok(Looked::Right);
+        let cluster_size = mapping.geometry.cluster_size();
+        if look.next >= mapping.l1.len() {
+            return Ok(Looked::Right);
+        }
+        let most = to_usize((BYTES_AT_ONCE / cluster_size).max(1));
+        let mut found: Vec<(u64, usize, L1Entry)> = Vec::new();
+        let mut next = look.next;
+        while next < mapping.l1.len() && found.len() < most {
+            let entry = mapping.l1_entry(next);
+            if entry.table_offset().is_some() {
+                found.push((mapping.table(next, entry)?.get(), next, entry));
             }
-            let index = look.next;
-            if mapping.l1_entry(index).table_offset().is_some() {
-                read += mapping.geometry.cluster_size();
+            next += 1;
+        }
+        found.sort_unstable_by_key(|(table, ..)| *table);
+        let starts: Vec<u64> = found.iter().map(|(table, ..)| *table).collect();
+        let tables = self.read_named_tables(target, &starts).await?;
+        let mut read = to_u64(tables.len());
+        let tables = tables.chunks_exact(to_usize(cluster_size));
+        for ((start, l1_index, entry), table) in found.into_iter().zip(tables) {
+            let start = HostOffset::new(start);
+            let mut flagged = self.judge_flags(target, start, entry, table, alone).await?;
+            if matches!(flagged, Flagged::Wrong) {
                 // A guest may change a table and its counts between the reads: only what is wrong
                 // twice is wrong.
-                let mut wrong = 0;
-                while wrong < 2 {
-                    match self.has_wrong_flag(target, index, alone).await? {
-                        Flagged::Unknown(bytes) => {
-                            read += bytes;
-                            if read >= BYTES_AT_ONCE {
-                                return Ok(Looked::On(read));
-                            }
-                        }
-                        Flagged::Right => break,
-                        Flagged::Wrong => wrong += 1,
-                    }
-                }
-                if wrong == 2 {
-                    return Ok(Looked::Wrong);
-                }
+                read += cluster_size;
+                flagged = self.judge_again(target, l1_index, alone).await?;
             }
-            look.next += 1;
+            match flagged {
+                Flagged::Right => {}
+                Flagged::Wrong => return Ok(Looked::Wrong),
+                // The tables are looked at again when more is known.
+                Flagged::Unknown(bytes) => return Ok(Looked::On(read + bytes)),
+            }
         }
+        look.next = next;
         Ok(Looked::On(read))
     }
 
-    async fn has_wrong_flag(
+    /// Reads tables that L1 names, also such as the file does not have yet.
+    async fn read_named_tables(
+        &self,
+        target: Target<'_>,
+        starts: &[u64],
+    ) -> Result<AlignedBuf, Error> {
+        let are_new = {
+            let l1 = lock(&target.active.l1);
+            starts.iter().any(|start| l1.unnamed_tables.contains(start))
+        };
+        if are_new {
+            self.flush().await?;
+        }
+        self.read_tables(target, starts).await
+    }
+
+    /// Judges the flags of a table as they are now.
+    async fn judge_again(
         &self,
         target: Target<'_>,
         l1_index: usize,
         alone: &mut Alone,
     ) -> Result<Flagged, Error> {
-        let mapping = target.mapping;
-        let geometry = mapping.geometry;
-        let entry = mapping.l1_entry(l1_index);
+        let entry = target.mapping.l1_entry(l1_index);
         if entry.table_offset().is_none() {
             return Ok(Flagged::Right);
         }
-        let start = mapping.table(l1_index, entry)?;
-        let is_new = lock(&target.active.l1)
-            .unnamed_tables
-            .contains(&start.get());
-        if is_new {
-            // The file does not have it yet.
-            self.flush().await?;
-        }
-        let len = to_usize(geometry.cluster_size());
-        let (read, table) = self
-            .storage
-            .read_buf(target.layer.file, start.get(), AlignedBuf::zeroed(len))
-            .await;
-        read.map_err(|error| Error::io(format!("cannot read the L2 table at {start}"), error))?;
+        let start = target.mapping.table(l1_index, entry)?;
+        let table = self.read_named_tables(target, &[start.get()]).await?;
+        self.judge_flags(target, start, entry, &table, alone).await
+    }
+
+    /// Judges the flags of a table, and that of the L1 entry which names it.
+    async fn judge_flags(
+        &self,
+        target: Target<'_>,
+        start: HostOffset,
+        entry: L1Entry,
+        table: &[u8],
+        alone: &mut Alone,
+    ) -> Result<Flagged, Error> {
+        let mapping = target.mapping;
+        let geometry = mapping.geometry;
         let own = geometry.host_cluster(start).get();
-        let mut flagged = named_clusters(mapping, start, &table);
+        let mut flagged = named_clusters(mapping, start, table);
         flagged.push((own, entry.copied()));
         let clusters: Vec<u64> = flagged.iter().map(|(cluster, _)| *cluster).collect();
         let learnt = self
@@ -253,38 +276,26 @@ impl<S: Storage> Worker<S> {
             flags.shared = self.shared_tables(target, flags.next..end).await?;
             flags.next = end;
         }
-        let mut moved = 0;
-        while moved < BYTES_AT_ONCE
-            && let Some((start, l1_index)) = flags.shared.last().copied()
-        {
-            moved += cluster_size;
-            let (read, table) = self
-                .storage
-                .read_buf(
-                    target.layer.file,
-                    start,
-                    AlignedBuf::zeroed(to_usize(cluster_size)),
-                )
-                .await;
-            let fault = |error| Error::io(format!("cannot mend the L2 table at {start:#x}"), error);
-            read.map_err(fault)?;
-            let is_lone =
-                mapping.version < 3 && self.has_lone_cluster(target, start, &table, alone).await?;
-            if is_lone {
-                // Nobody else has this table: its count is too high, and stays so.
-                self.copy_table(target, l1_index, HostOffset::new(start))
-                    .await?;
-            } else if share_table(target, l1_index, HostOffset::new(start)) {
-                for (host_offset, chunk) in cleared(start, &table) {
-                    moved += to_u64(chunk.len());
-                    let sg = SgList::from_buf(AlignedBuf::from_slice(&chunk));
-                    let written = self.storage.write(target.layer.file, host_offset, sg).await;
-                    written.map_err(fault)?;
+        let most = to_usize((BYTES_AT_ONCE / cluster_size).max(1));
+        let left = flags.shared.len().saturating_sub(most);
+        // In ascending order.
+        let tables: Vec<(u64, usize)> = flags.shared[left..].iter().rev().copied().collect();
+        let starts: Vec<u64> = tables.iter().map(|(start, _)| *start).collect();
+        let bytes = self.read_tables(target, &starts).await?;
+        if mapping.version < 3 {
+            let bytes = bytes.chunks_exact(to_usize(cluster_size));
+            for ((start, l1_index), table) in tables.iter().zip(bytes) {
+                if self.has_lone_cluster(target, *start, table, alone).await? {
+                    // Nobody else has this table: its count is too high, and stays so.
+                    self.copy_table(target, *l1_index, HostOffset::new(*start))
+                        .await?;
                 }
             }
-            flags.shared.pop();
         }
-        Ok(Some(moved))
+        // Those that L1 names still: no copied ones.
+        let written = self.clear_copied_flags(target, &tables, &bytes).await?;
+        flags.shared.truncate(left);
+        Ok(Some(to_u64(bytes.len()) + written))
     }
 
     /// Adopts some tables; `None` when there are no more.
@@ -303,6 +314,7 @@ impl<S: Storage> Worker<S> {
         if adopt.next >= mapping.l1.len() {
             return Ok(None);
         }
+        self.flush_many_l1_entries(target).await?;
         let mut next = adopt.next;
         let mut left = Vec::new();
         while next < mapping.l1.len() && found.len() < most {
@@ -324,24 +336,26 @@ impl<S: Storage> Worker<S> {
         let lone = self.are_alone_now(target, alone, &clusters).await?;
         let lone = found.into_iter().zip(lone).filter(|(_, lone)| *lone);
         let tables: Vec<_> = lone.map(|(table, _)| table).collect();
-        let mut clusters: Vec<u64> = Vec::new();
-        let mut named: Vec<(bool, usize)> = Vec::new();
+        // What all the tables name, one after the other, and where each table's part ends.
+        let entries = tables.len() * to_usize(mapping.geometry.l2_entries());
+        let mut clusters: Vec<u64> = Vec::with_capacity(entries);
+        let mut flags: Vec<bool> = Vec::with_capacity(entries);
+        let mut ends: Vec<usize> = Vec::with_capacity(tables.len());
         let mut exact = vec![true; tables.len()];
-        for (number, (start, ..)) in tables.iter().enumerate() {
-            let buf = AlignedBuf::zeroed(to_usize(cluster_size));
-            let (read, bytes) = self.storage.read_buf(target.layer.file, *start, buf).await;
-            read.map_err(|error| {
-                Error::io(format!("cannot read the L2 table at {start:#x}"), error)
-            })?;
+        let starts: Vec<u64> = tables.iter().map(|(start, ..)| *start).collect();
+        let buf = self.read_tables(target, &starts).await?;
+        let bytes = buf.chunks_exact(to_usize(cluster_size));
+        for ((start, bytes), exact) in starts.iter().zip(bytes).zip(&mut exact) {
             let table = HostOffset::new(*start);
-            if mapping.is_suspicious(table, words(&bytes)) {
-                exact[number] = false;
-                continue;
+            if mapping.is_suspicious(table, words(bytes)) {
+                *exact = false;
+            } else {
+                for (cluster, copied) in named_clusters(mapping, table, bytes) {
+                    clusters.push(cluster);
+                    flags.push(copied);
+                }
             }
-            for (cluster, copied) in named_clusters(mapping, table, &bytes) {
-                clusters.push(cluster);
-                named.push((copied, number));
-            }
+            ends.push(clusters.len());
         }
         let count = to_u64(tables.len());
         let read = count * cluster_size;
@@ -355,8 +369,10 @@ impl<S: Storage> Worker<S> {
             }));
         }
         let said = self.are_alone(target, alone, &clusters).await?;
-        for ((copied, number), said) in named.into_iter().zip(said) {
-            exact[number] &= copied == said;
+        let mut first = 0;
+        for (exact, end) in exact.iter_mut().zip(ends) {
+            *exact &= flags[first..end] == said[first..end];
+            first = end;
         }
         for ((_, l1_index, entry), exact) in tables.into_iter().zip(exact) {
             if !exact || !self.own(target, l1_index, entry) {

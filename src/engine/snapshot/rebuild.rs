@@ -11,10 +11,15 @@
 //! counted before it is linked as ever, and no other count or flag is trusted by the next open,
 //! which begins again.
 //!
+//! Counts are in memory for a window of the file (see [`Piecemeal`]): nearly always for all of it. Where
+//! they are not, the tables are read once more for each window, after the counts of the one before are
+//! written.
+//!
 //! A piece of work is one read of L2 tables or some refcount blocks. What is known between two
-//! pieces is only in memory; a piece that fails or is given up makes the work begin again.
+//! pieces is only in memory; a piece that fails or is given up makes the present window begin again.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::engine::check::{Counted, Piecemeal};
@@ -25,7 +30,7 @@ use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::header::Header;
 use crate::storage::Storage;
-use crate::units::to_u64;
+use crate::units::{to_u64, to_usize};
 
 /// Bytes of L2 tables that one piece reads.
 const TABLES_BYTES: u64 = 1 << 20;
@@ -42,7 +47,10 @@ pub(crate) struct Rebuild {
     layout: Layout,
     file_len: u64,
     /// The active L1 table at open.
-    l1: Box<[u64]>,
+    l1: Arc<[u64]>,
+    /// Windows that are done, and the cluster where they end.
+    windows: u64,
+    done_end: u64,
     phase: Phase,
 }
 
@@ -59,8 +67,9 @@ enum Phase {
 #[derive(Debug)]
 struct Blocks {
     counted: Counted,
-    /// Bytes of L2 tables that were read.
+    /// Bytes of L2 tables that are read for each window, and windows about.
     tables: u64,
+    windows: u64,
     /// All blocks before this one are right.
     next: u64,
 }
@@ -88,6 +97,8 @@ impl Rebuild {
                 .iter()
                 .map(|entry| entry.load(Ordering::Relaxed))
                 .collect(),
+            windows: 0,
+            done_end: 0,
             phase: Phase::Start,
         }
     }
@@ -108,6 +119,24 @@ impl Rebuild {
         let geometry = self.layout.geometry;
         let clusters = geometry.clusters_for(self.file_len);
         clusters.div_ceil(geometry.refcount_block_entries()) * geometry.cluster_size()
+    }
+
+    /// How many windows there are likely to be, where the present one ends there.
+    fn windows(&self, end: u64) -> u64 {
+        let clusters = self.layout.geometry.clusters_for(self.file_len);
+        let len = end.min(clusters).saturating_sub(self.done_end).max(1);
+        self.windows + clusters.saturating_sub(self.done_end).div_ceil(len).max(1)
+    }
+
+    /// How far the work is, with so many bytes of tables read of so many for each window.
+    fn progress(&self, windows: u64, tables: u64, read: u64, next_block: u64) -> Progress {
+        let blocks = self.blocks_bytes();
+        let written = (next_block * self.layout.geometry.cluster_size()).min(blocks);
+        Progress {
+            done: self.windows * tables + read + written,
+            total: windows * tables + blocks,
+            finished: false,
+        }
     }
 }
 
@@ -141,69 +170,80 @@ impl<S: Storage> Worker<S> {
         phase: Phase,
     ) -> Result<Progress, Error> {
         let file = target.layer.file;
-        let blocks_bytes = rebuild.blocks_bytes();
-        let (done, total) = match phase {
+        let per_block = rebuild.layout.geometry.refcount_block_entries();
+        let first_block = rebuild.done_end / per_block;
+        match phase {
             Phase::Start => {
-                let (layout, l1) = (rebuild.layout.clone(), rebuild.l1.clone());
-                let survey =
-                    Piecemeal::new(&self.storage, file, layout, rebuild.file_len, l1).await?;
-                let (all, done) = survey.progress();
+                let counts_bytes = lock(&target.active.snapshots.limits).counts_bytes;
+                let survey = Piecemeal::new(
+                    &self.storage,
+                    file,
+                    rebuild.layout.clone(),
+                    rebuild.file_len,
+                    Arc::clone(&rebuild.l1),
+                    rebuild.done_end,
+                    counts_bytes,
+                )
+                .await?;
+                let (tables, read) = survey.progress();
+                let windows = rebuild.windows(survey.window_end());
                 rebuild.phase = Phase::Tables(Box::new(survey));
-                (done, all + blocks_bytes)
+                Ok(rebuild.progress(windows, tables, read, first_block))
             }
             Phase::Tables(mut survey) => {
-                let (all, _) = survey.progress();
+                let (tables, _) = survey.progress();
+                let windows = rebuild.windows(survey.window_end());
                 if survey.step(&self.storage, file, TABLES_BYTES).await? {
-                    let (_, done) = survey.progress();
+                    let (_, read) = survey.progress();
                     rebuild.phase = Phase::Tables(survey);
-                    (done, all + blocks_bytes)
-                } else {
-                    let counted = survey.finish(&self.storage, file).await?;
-                    Self::judge_lost(target.mapping, &counted)?;
-                    rebuild.phase = Phase::Blocks(Box::new(Blocks {
-                        counted,
-                        tables: all,
-                        next: 0,
-                    }));
-                    (all, all + blocks_bytes)
+                    return Ok(rebuild.progress(windows, tables, read, first_block));
                 }
+                let counted = survey.finish(&self.storage, file).await?;
+                Self::judge_lost(target.mapping, &counted, rebuild.windows == 0)?;
+                rebuild.phase = Phase::Blocks(Box::new(Blocks {
+                    counted,
+                    tables,
+                    windows,
+                    next: first_block,
+                }));
+                Ok(rebuild.progress(windows, tables, tables, first_block))
             }
             Phase::Blocks(mut blocks) => {
-                let all = blocks.tables + blocks_bytes;
+                let (tables, windows) = (blocks.tables, blocks.windows);
                 if self.rebuild_blocks(target, &mut blocks).await? {
-                    let cluster_size = target.mapping.geometry.cluster_size();
-                    let done = (blocks.next * cluster_size).min(blocks_bytes);
-                    let done = blocks.tables + done;
+                    let progress = rebuild.progress(windows, tables, tables, blocks.next);
                     rebuild.phase = Phase::Blocks(blocks);
-                    (done, all)
-                } else {
-                    self.finish_rebuild(target, rebuild, &blocks.counted)
-                        .await?;
-                    return Ok(Progress {
-                        done: all,
-                        total: all,
-                        finished: true,
-                    });
+                    return Ok(progress);
                 }
+                if let Some(end) = blocks.counted.window_end() {
+                    rebuild.windows += 1;
+                    rebuild.done_end = end;
+                    return Ok(rebuild.progress(windows, tables, 0, blocks.next));
+                }
+                self.finish_rebuild(target, rebuild, &blocks.counted)
+                    .await?;
+                let total = rebuild.progress(windows, tables, tables, blocks.next).total;
+                Ok(Progress {
+                    done: total,
+                    total,
+                    finished: true,
+                })
             }
-        };
-        Ok(Progress {
-            done,
-            total,
-            finished: false,
-        })
+        }
     }
 
-    /// Entries that point past the old end are told of. What they name must not be in use.
-    fn judge_lost(mapping: &Mapping, counted: &Counted) -> Result<(), Error> {
+    /// Entries that point past the old end are told of, once. What they name must not be in use.
+    fn judge_lost(mapping: &Mapping, counted: &Counted, tell: bool) -> Result<(), Error> {
         if counted.lost == 0 {
             return Ok(());
         }
-        log::warn!(
-            "{} entries point past the end of the file (up to {:#x}): lost data",
-            counted.lost,
-            counted.lost_end
-        );
+        if tell {
+            log::warn!(
+                "{} entries point past the end of the file (up to {:#x}): lost data",
+                counted.lost,
+                counted.lost_end
+            );
+        }
         if counted.lost_end > mapping.lost.end.load(Ordering::Acquire) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -216,33 +256,72 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Rewrites some refcount blocks. False: there are no more.
+    /// Rewrites some refcount blocks. False: there are no more in the window.
     async fn rebuild_blocks(&self, target: Target<'_>, blocks: &mut Blocks) -> Result<bool, Error> {
+        let allocator = &target.active.allocator;
+        let (found, next) = Self::upcoming_blocks(target, blocks);
+        if next == blocks.next {
+            return Ok(false);
+        }
+        let present: Vec<u64> = (found.iter().copied())
+            .filter(|block| allocator.block_offset(*block).is_some())
+            .collect();
+        let result = match allocator.borrow_blocks(&self.storage, &present).await {
+            Ok(()) => self.rebuild_these(target, &blocks.counted, &found).await,
+            Err(error) => Err(error),
+        };
+        allocator.give_back_blocks(&present);
+        result?;
+        blocks.next = next;
+        allocator.write_all_lagging(&self.storage).await?;
+        Ok(true)
+    }
+
+    /// The next blocks that there are or must be, and the one to go on with. The same again: there are
+    /// no more in the window.
+    fn upcoming_blocks(target: Target<'_>, blocks: &Blocks) -> (Vec<u64>, u64) {
         let allocator = &target.active.allocator;
         let geometry = target.mapping.geometry;
         let per_block = geometry.refcount_block_entries();
-        let mut bytes = 0;
-        for _ in 0..BLOCKS_MAX {
-            let block = blocks.next;
-            let used = blocks.counted.next_used(block * per_block);
-            if allocator.block_offset(block).is_none() {
-                match used {
-                    // Only past the end of the table are there no blocks for no reason.
-                    None if block >= allocator.blocks_max() => return Ok(false),
-                    Some(cluster) if cluster < (block + 1) * per_block => {
-                        allocator.add_block(&self.storage, block).await?;
-                        self.image.follow_end();
-                    }
-                    _ => {
-                        blocks.next += 1;
-                        continue;
-                    }
-                }
+        let most = to_usize((BLOCKS_BYTES / geometry.cluster_size()).max(1));
+        let window_end = blocks.counted.window_end();
+        let mut found = Vec::new();
+        let mut next = blocks.next;
+        let mut used = blocks.counted.next_used(next * per_block);
+        while found.len() < most && next - blocks.next < BLOCKS_MAX {
+            if used.is_some_and(|cluster| cluster < next * per_block) {
+                used = blocks.counted.next_used(next * per_block);
+            }
+            let is_present = allocator.block_offset(next).is_some();
+            // Only past the end of the table are there no blocks for no reason.
+            let is_past_table = !is_present && used.is_none() && next >= allocator.blocks_max();
+            if is_past_table || window_end.is_some_and(|end| next * per_block >= end) {
+                break;
+            }
+            if is_present || used.is_some_and(|cluster| cluster < (next + 1) * per_block) {
+                found.push(next);
+            }
+            next += 1;
+        }
+        (found, next)
+    }
+
+    async fn rebuild_these(
+        &self,
+        target: Target<'_>,
+        counted: &Counted,
+        blocks: &[u64],
+    ) -> Result<(), Error> {
+        let allocator = &target.active.allocator;
+        for block in blocks {
+            if allocator.block_offset(*block).is_none() {
+                allocator.add_block(&self.storage, *block).await?;
+                self.image.follow_end();
             }
             let overflow = Cell::new(None);
             allocator
-                .rebuild_block(&self.storage, block, |cluster, found| {
-                    blocks.counted.wanted(cluster, found).unwrap_or_else(|| {
+                .rebuild_block(&self.storage, *block, |cluster, found| {
+                    counted.wanted(cluster, found).unwrap_or_else(|| {
                         overflow.set(Some(cluster));
                         found
                     })
@@ -256,14 +335,8 @@ impl<S: Storage> Worker<S> {
                     ),
                 ));
             }
-            blocks.next += 1;
-            bytes += geometry.cluster_size();
-            if bytes >= BLOCKS_BYTES {
-                break;
-            }
         }
-        allocator.write_all_lagging(&self.storage).await?;
-        Ok(true)
+        Ok(())
     }
 
     /// The counts are right: makes that durable, and lets go of what was withheld.

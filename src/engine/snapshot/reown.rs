@@ -12,6 +12,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
 use super::alone::{Alone, Learnt};
 use crate::engine::cache::SliceKey;
 use crate::engine::cache::slice::SliceBody;
@@ -27,6 +29,8 @@ use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of tables that are looked at together (at least one table).
 const BYTES_AT_ONCE: u64 = 512 << 10;
+/// Tables that are read at a time.
+const READS_IN_FLIGHT: usize = 16;
 /// Bytes of modified slices after which a flush writes them.
 const MODIFIED_MAX: u64 = 2 << 20;
 
@@ -222,22 +226,26 @@ impl<S: Storage> Worker<S> {
         tables.sort_unstable_by_key(|table| table.0);
         let clusters: Vec<u64> = tables.iter().map(|table| table.0).collect();
         let alone = self.are_alone_now(target, alone, &clusters).await?;
+        let lone = tables.into_iter().zip(alone).filter(|(_, alone)| *alone);
+        let mut tables = stream::iter(lone)
+            .map(|((_, l1_index, entry), _)| self.find_table(target, l1_index, entry))
+            .buffered(READS_IN_FLIGHT);
         let mut found = Vec::new();
-        for ((_, l1_index, entry), _) in tables.iter().zip(alone).filter(|(_, alone)| *alone) {
-            found.extend(self.find_table(target, *l1_index, *entry, reown).await?);
+        while let Some((table, loaded)) = tables.try_next().await? {
+            found.push(table);
+            reown.loaded.extend(loaded);
         }
         Ok(found)
     }
 
     /// Loads and pins all slices of a table that L1 still names. Where it does not, the table comes
-    /// back without any.
+    /// back without any. Says which slices nobody else has loaded.
     async fn find_table(
         &self,
         target: Target<'_>,
         l1_index: usize,
         entry: L1Entry,
-        reown: &mut Reown,
-    ) -> Result<Option<Found>, Error> {
+    ) -> Result<(Found, Vec<SliceKey>), Error> {
         let Target {
             mapping, active, ..
         } = target;
@@ -255,16 +263,17 @@ impl<S: Storage> Worker<S> {
             .table_offset()
             .filter(|_| mapping.l1_entry(l1_index) == entry)
         else {
-            return Ok(Some(found));
+            return Ok((found, Vec::new()));
         };
-        found.bodies = self.slices_of(target, l1_index, table, reown).await?;
+        let (bodies, loaded) = self.slices_of(target, l1_index, table).await?;
+        found.bodies = bodies;
         drop(pin);
         for body in &found.bodies {
             found
                 .entries
                 .extend((0..body.len()).map(|index| body.entry(index)));
         }
-        Ok(Some(found))
+        Ok((found, loaded))
     }
 
     /// All slices of a table, pinned; past this worker's directory, since each is needed once. What
@@ -274,8 +283,7 @@ impl<S: Storage> Worker<S> {
         target: Target<'_>,
         l1_index: usize,
         table: HostOffset,
-        reown: &mut Reown,
-    ) -> Result<Vec<Arc<SliceBody>>, Error> {
+    ) -> Result<(Vec<Arc<SliceBody>>, Vec<SliceKey>), Error> {
         let Target { layer, mapping, .. } = target;
         let slice_bytes = mapping.slice_bytes();
         let key = |number: u64| {
@@ -288,6 +296,7 @@ impl<S: Storage> Worker<S> {
         };
         let count = mapping.geometry.cluster_size() / slice_bytes;
         let mut bodies = Pinned(Vec::with_capacity(to_usize(count)));
+        let mut loaded = Vec::new();
         let mut absent = Vec::new();
         let mut loading = Vec::new();
         for number in 0..count {
@@ -308,7 +317,7 @@ impl<S: Storage> Worker<S> {
                 let body = Self::new_body(mapping, key(number), bytes);
                 // Pinned before others see it, and not looked up: whoever does that has used it.
                 bodies.push(Arc::clone(&body));
-                reown.loaded.push(key(number));
+                loaded.push(key(number));
                 ticket.finish_unused(body);
             }
         }
@@ -325,7 +334,7 @@ impl<S: Storage> Worker<S> {
                     Lookup::Absent(ticket) => {
                         let body = self.load_slice(layer, mapping, key(number)).await?;
                         bodies.push(Arc::clone(&body));
-                        reown.loaded.push(key(number));
+                        loaded.push(key(number));
                         ticket.finish_unused(body);
                         break;
                     }
@@ -333,7 +342,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         bodies.0.sort_unstable_by_key(|body| body.key().get());
-        Ok(std::mem::take(&mut bodies.0))
+        Ok((std::mem::take(&mut bodies.0), loaded))
     }
 
     /// Finds out which clusters of some tables have one reference, where that makes a difference.

@@ -18,7 +18,6 @@
 
 use std::sync::Arc;
 
-use super::walk::Piece;
 use super::{Root, Step, Task};
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::engine::layer::Mapping;
@@ -378,19 +377,13 @@ impl<S: Storage> Worker<S> {
         see: &mut impl FnMut(u64, &[u8]),
     ) -> Result<(), Error> {
         let cluster_size = target.mapping.geometry.cluster_size();
-        for neighbours in tables.chunk_by(|a, b| a.0 + cluster_size == b.0) {
-            let Some((start, _)) = neighbours.first() else {
-                continue;
-            };
-            let piece = Piece {
-                start: *start,
-                tables: neighbours.iter().map(|(_, index)| *index).collect(),
-            };
-            let (piece, bytes) = self.read_tables(target, piece).await?;
-            let places = (piece.start..).step_by(to_usize(cluster_size));
-            for (start, table) in places.zip(bytes.chunks_exact(to_usize(cluster_size))) {
-                see(start, table);
-            }
+        let starts: Vec<u64> = tables.iter().map(|(start, _)| *start).collect();
+        let bytes = self.read_tables(target, &starts).await?;
+        for (start, table) in starts
+            .iter()
+            .zip(bytes.chunks_exact(to_usize(cluster_size)))
+        {
+            see(*start, table);
         }
         Ok(())
     }

@@ -7,7 +7,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::walk::Piece;
+use futures_util::stream::{self, StreamExt};
+
 use super::{Root, Snapshots, Task};
 use crate::engine::error::{Error, lock};
 use crate::engine::table::Target;
@@ -18,32 +19,65 @@ use crate::units::{HostOffset, to_u64, to_usize};
 
 /// Table bytes that are written back together where one of their flags has changed.
 const CHUNK_BYTES: usize = 4096;
+/// Modified L1 entries that wait for a flush, at most: more of them only where clusters are small. Few in
+/// tests.
+const L1_MODIFIED_MAX: usize = if cfg!(test) { 8 } else { 1 << 15 };
+/// Tables that are written at a time.
+const WRITES_IN_FLIGHT: usize = 16;
 
 impl<S: Storage> Worker<S> {
-    /// Clears the copied flags of frozen tables that the active tree has still, in the file. Returns
-    /// the bytes that it wrote.
+    /// Clears the copied flags of frozen tables that the active tree has still, in the file. Each comes
+    /// as host offset and L1 index, `bytes` has their content. Returns the bytes that it wrote.
     pub(super) async fn clear_copied_flags(
         &self,
         target: Target<'_>,
-        piece: &Piece,
+        tables: &[(u64, usize)],
         bytes: &[u8],
     ) -> Result<u64, Error> {
         let cluster_size = target.mapping.geometry.cluster_size();
+        let mut writes = stream::iter(tables)
+            .zip(stream::iter(bytes.chunks_exact(to_usize(cluster_size))))
+            .map(|((start, l1_index), table)| async move {
+                if share_table(target, *l1_index, HostOffset::new(*start)) {
+                    self.write_cleared(target, *start, table).await
+                } else {
+                    Ok(0)
+                }
+            })
+            .buffer_unordered(WRITES_IN_FLIGHT);
+        let mut written = Ok(0);
+        // To the end also after an error: none is left in flight.
+        while let Some(result) = writes.next().await {
+            written = written.and_then(|sum| result.map(|bytes| sum + bytes));
+        }
+        written
+    }
+
+    /// Writes L1 entries that the background work has changed, where they are many: each costs memory
+    /// until then, and again when it is written.
+    pub(super) async fn flush_many_l1_entries(&self, target: Target<'_>) -> Result<(), Error> {
+        let modified = lock(&target.active.l1).modified.len();
+        if modified > L1_MODIFIED_MAX {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes those parts of a table that have copied flags, without them; returns how many bytes.
+    async fn write_cleared(
+        &self,
+        target: Target<'_>,
+        start: u64,
+        table: &[u8],
+    ) -> Result<u64, Error> {
         let mut written = 0;
-        let tables = bytes.chunks_exact(to_usize(cluster_size));
-        for ((number, l1_index), table) in (0_u64..).zip(&piece.tables).zip(tables) {
-            let start = piece.start + number * cluster_size;
-            if !share_table(target, *l1_index, HostOffset::new(start)) {
-                continue;
-            }
-            for (host_offset, chunk) in cleared(start, table) {
-                written += to_u64(chunk.len());
-                let sg = SgList::from_buf(AlignedBuf::from_slice(&chunk));
-                let result = self.storage.write(target.layer.file, host_offset, sg).await;
-                result.map_err(|error| {
-                    Error::io(format!("cannot write the L2 table at {start:#x}"), error)
-                })?;
-            }
+        for (host_offset, chunk) in cleared(start, table) {
+            written += to_u64(chunk.len());
+            let sg = SgList::from_buf(AlignedBuf::from_slice(&chunk));
+            let result = self.storage.write(target.layer.file, host_offset, sg).await;
+            result.map_err(|error| {
+                Error::io(format!("cannot write the L2 table at {start:#x}"), error)
+            })?;
         }
         Ok(written)
     }
@@ -81,7 +115,7 @@ impl Snapshots {
 }
 
 /// If the active L1 table names this table: takes the copied flag off the entry and says so.
-pub(super) fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset) -> bool {
+fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset) -> bool {
     let mut l1 = lock(&target.active.l1);
     let entry = target.mapping.l1_entry(l1_index);
     if entry.table_offset() != Some(table) {
@@ -97,7 +131,7 @@ pub(super) fn share_table(target: Target<'_>, l1_index: usize, table: HostOffset
 }
 
 /// The parts of a table with copied flags, without them.
-pub(super) fn cleared(start: u64, table: &[u8]) -> Vec<(u64, Vec<u8>)> {
+fn cleared(start: u64, table: &[u8]) -> Vec<(u64, Vec<u8>)> {
     let mut parts: Vec<(u64, Vec<u8>)> = Vec::new();
     for (at, chunk) in (start..)
         .step_by(CHUNK_BYTES)

@@ -19,10 +19,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures_util::stream::{self, StreamExt, TryStreamExt};
-
 use super::Root;
 use crate::engine::allocator::{Change, PackedRun};
+use crate::engine::bulk::read_clusters;
+use crate::engine::check::COUNTS_BYTES;
 use crate::engine::error::Error;
 use crate::engine::layer::Mapping;
 use crate::engine::table::Target;
@@ -34,8 +34,6 @@ use crate::units::{GuestOffset, HostOffset, to_u64, to_usize};
 
 /// Bytes of L2 tables that are read together (at least one table).
 const READ_BYTES: u64 = 1 << 20;
-/// Reads in flight at a time.
-const READS_IN_FLIGHT: usize = 8;
 /// Runs that are gathered before they are counted: 2 MiB of memory, and what one read adds.
 const RUNS_MAX: usize = 1 << 18;
 /// Clusters of a window: 6 MiB of memory, more than a 2 TiB disk has with clusters of 64 KiB.
@@ -48,6 +46,8 @@ const RUNS_MORE: usize = 1 << 14;
 pub(super) struct Limits {
     pub(super) runs: usize,
     pub(super) window: u64,
+    /// Of a rebuild.
+    pub(super) counts_bytes: usize,
 }
 
 impl Default for Limits {
@@ -55,6 +55,7 @@ impl Default for Limits {
         Self {
             runs: RUNS_MAX,
             window: WINDOW_MAX,
+            counts_bytes: COUNTS_BYTES,
         }
     }
 }
@@ -255,30 +256,18 @@ impl Walk {
         self.done = read * cluster_size / passes;
     }
 
-    /// The next tables, as pieces of the file without gaps.
-    fn upcoming(&self, mapping: &Mapping) -> Result<Vec<Piece>, Error> {
-        let cluster_size = mapping.geometry.cluster_size();
-        let mut pieces: Vec<Piece> = Vec::new();
-        let most = to_usize((READ_BYTES / cluster_size).max(1));
-        for index in self.order[self.next..].iter().take(most) {
+    /// The next tables: host offset and L1 index.
+    fn upcoming(&self, mapping: &Mapping) -> Result<Vec<(u64, usize)>, Error> {
+        let most = to_usize((READ_BYTES / mapping.geometry.cluster_size()).max(1));
+        let table = |index: &u32| {
             let l1_index = to_usize(u64::from(*index));
             let entry = L1Entry(self.root.l1.get(l1_index).copied().unwrap_or(0));
-            let table = mapping
-                .table(l1_index, entry)
-                .map_err(|error| error.context(format!("snapshot '{}'", self.root.name)))?;
-            match pieces.last_mut() {
-                Some(last)
-                    if last.start + to_u64(last.tables.len()) * cluster_size == table.get() =>
-                {
-                    last.tables.push(l1_index);
-                }
-                _ => pieces.push(Piece {
-                    start: table.get(),
-                    tables: vec![l1_index],
-                }),
-            }
-        }
-        Ok(pieces)
+            let table = mapping.table(l1_index, entry)?;
+            Ok((table.get(), l1_index))
+        };
+        let tables = self.order[self.next..].iter().take(most).map(table);
+        let tables: Result<_, Error> = tables.collect();
+        tables.map_err(|error| error.context(format!("snapshot '{}'", self.root.name)))
     }
 
     /// Adds what a table reaches, which was judged.
@@ -364,14 +353,6 @@ impl Root {
     }
 }
 
-/// Tables that follow each other in the file.
-#[derive(Debug)]
-pub(super) struct Piece {
-    pub(super) start: u64,
-    /// Their L1 indices.
-    pub(super) tables: Vec<usize>,
-}
-
 impl<S: Storage> Worker<S> {
     /// Reads some tables, or counts some of what was read. Returns the bytes that it moved.
     pub(super) async fn walk_on(
@@ -391,33 +372,27 @@ impl<S: Storage> Worker<S> {
         if walk.refill(mapping) {
             return Ok(0);
         }
+        self.flush_many_l1_entries(target).await?;
         let cluster_size = mapping.geometry.cluster_size();
-        let pieces = walk.upcoming(mapping)?;
-        let read: Vec<(Piece, AlignedBuf)> = stream::iter(pieces)
-            .map(|piece| self.read_tables(target, piece))
-            .buffered(READS_IN_FLIGHT)
-            .try_collect()
-            .await?;
-        let mut moved = read.iter().map(|(_, buf)| to_u64(buf.len())).sum();
-        let mut tables: Vec<(u64, &[u8], bool)> = Vec::new();
-        for (piece, buf) in &read {
-            let bytes = buf.chunks_exact(to_usize(cluster_size));
-            for ((number, l1_index), table) in (0_u64..).zip(&piece.tables).zip(bytes) {
-                let start = piece.start + number * cluster_size;
-                let suspicious = judge(mapping, *l1_index, start, table)
-                    .map_err(|error| error.context(format!("snapshot '{}'", walk.root.name)))?;
-                tables.push((start, table, suspicious));
-            }
+        let tables = walk.upcoming(mapping)?;
+        let starts: Vec<u64> = tables.iter().map(|(start, _)| *start).collect();
+        let buf = self.read_tables(target, &starts).await?;
+        let mut moved = to_u64(buf.len());
+        let bytes = || buf.chunks_exact(to_usize(cluster_size));
+        let mut suspicious = Vec::with_capacity(tables.len());
+        for ((start, l1_index), table) in tables.iter().zip(bytes()) {
+            suspicious.push(
+                judge(mapping, *l1_index, *start, table)
+                    .map_err(|error| error.context(format!("snapshot '{}'", walk.root.name)))?,
+            );
         }
         if change == Change::Raise && walk.next >= walk.cleared {
-            for (piece, buf) in &read {
-                moved += self.clear_copied_flags(target, piece, buf).await?;
-            }
+            moved += self.clear_copied_flags(target, &tables, &buf).await?;
             walk.cleared = walk.next + tables.len();
         }
         // Nothing fails from here on.
-        for (start, table, suspicious) in &tables {
-            walk.gather(mapping, *start, table, *suspicious);
+        for ((start, table), suspicious) in starts.iter().zip(bytes()).zip(suspicious) {
+            walk.gather(mapping, *start, table, suspicious);
         }
         walk.advance(tables.len(), cluster_size);
         let end = target.active.allocator.end_offset();
@@ -425,22 +400,21 @@ impl<S: Storage> Worker<S> {
         Ok(moved)
     }
 
+    /// Reads the L2 tables at these host offsets, one after the other into a buffer.
     pub(super) async fn read_tables(
         &self,
         target: Target<'_>,
-        piece: Piece,
-    ) -> Result<(Piece, AlignedBuf), Error> {
-        let len = to_u64(piece.tables.len()) * target.mapping.geometry.cluster_size();
-        let buf = AlignedBuf::zeroed(to_usize(len));
-        let (read, buf) = self
-            .storage
-            .read_buf(target.layer.file, piece.start, buf)
-            .await;
-        read.map_err(|error| {
-            let start = piece.start;
-            Error::io(format!("cannot read the L2 table at {start:#x}"), error)
-        })?;
-        Ok((piece, buf))
+        starts: &[u64],
+    ) -> Result<AlignedBuf, Error> {
+        let cluster_size = target.mapping.geometry.cluster_size();
+        let file = target.layer.file;
+        let read = read_clusters(&self.storage, file, cluster_size, starts).await;
+        if let Some((failed, error)) = read.failed.into_iter().next() {
+            let start = starts[failed.start];
+            let text = format!("cannot read the L2 table at {start:#x}");
+            return Err(Error::io(text, error));
+        }
+        Ok(read.buf)
     }
 
     /// Changes some counts of a sealed batch; returns the bytes that it moved.

@@ -15,7 +15,7 @@ use crate::engine::{
 use crate::format::l1::L1Entry;
 use crate::format::l2::L2Entry;
 use crate::format::{Header, refcount};
-use crate::storage::sim::{CutMode, Outcome, yield_now};
+use crate::storage::sim::{CutMode, OpKind, Outcome, yield_now};
 use crate::storage::{AlignedBuf, SgList};
 use crate::units::{GuestOffset, to_u64, to_usize};
 
@@ -187,6 +187,13 @@ fn dirty_kinds() -> Vec<(&'static str, Recipe)> {
     all
 }
 
+/// Now and then there is memory for the counts of a part of the file only.
+fn limit_counts(rig: &Rig, random: &mut fastrand::Rng) {
+    if random.bool() {
+        rig.image().limit_counts([0, 200][random.usize(..2)]);
+    }
+}
+
 fn rebuild_under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     let mut rig = Rig::damaged(recipe, seed);
     let mut random = fastrand::Rng::with_seed(seed);
@@ -200,6 +207,7 @@ fn rebuild_under_load(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     if rig.image().background().first().map(|work| work.kind) != Some(BackgroundKind::Rebuild) {
         return violation("nothing is rebuilt");
     }
+    limit_counts(&rig, &mut random);
     for _ in 0..random.u64(1..4) {
         let worker = rig.worker();
         rig.driver
@@ -292,6 +300,30 @@ fn snapshots_of_a_dirty_image_are_unsettled_until_it_is_rebuilt() {
     assert_eq!(unsettled(&rig), told(&[("one", false), ("two", false)]));
 }
 
+/// Where there is no memory for all counts, the tables are read once for each part of the file.
+#[test]
+fn a_rebuild_with_little_memory_reads_tables_again_and_leaves_a_clean_image() {
+    let recipe = Recipe {
+        fill: |_| Fill::Data,
+        snapshot: true,
+        ..Recipe::plain(9, 256 << 10)
+    };
+    let reads = |counts_bytes: Option<usize>| {
+        let mut rig = Rig::damaged(recipe, 1);
+        rig.open(&OpenOptions::default()).expect("opens");
+        if let Some(bytes) = counts_bytes {
+            rig.image().limit_counts(bytes);
+        }
+        let before = rig.disk.count(OpKind::Read);
+        rig.judge_settled().expect("clean");
+        rig.disk.count(OpKind::Read) - before
+    };
+    let (all, parts) = (reads(None), reads(Some(0)));
+    // The active L1 table and the snapshot's, the snapshot table and the refcount table: once for each
+    // of four parts at least.
+    assert!(parts >= all + 3 * 4, "{all} and {parts} reads");
+}
+
 /// Nothing below the old end changes hands before the counts are known.
 #[test]
 fn until_the_rebuild_is_done_clusters_come_from_past_the_end() {
@@ -350,6 +382,7 @@ fn snapshots_meanwhile(recipe: Recipe, seed: u64) -> Result<(), Violation> {
     let mut rig = Rig::damaged(recipe, seed);
     let mut random = fastrand::Rng::with_seed(seed);
     rig.open(&OpenOptions::default())?;
+    limit_counts(&rig, &mut random);
     let stop = Rc::new(Cell::new(false));
     for _ in 0..2 {
         let worker = rig.worker();
@@ -462,6 +495,7 @@ fn cuts(recipe: Recipe, seed: u64, cuts_max: u32) -> Result<u32, Violation> {
     let mut rig = Rig::damaged(recipe, seed);
     let mut random = fastrand::Rng::with_seed(seed ^ 0xbead);
     rig.open(&OpenOptions::default())?;
+    limit_counts(&rig, &mut random);
     for _ in 0..2 {
         let worker = rig.worker();
         rig.driver.spawn(chaos(worker, random.fork(), 25, Mix::ALL));
@@ -514,6 +548,7 @@ fn judge_cut(rig: &mut Rig, seed: u64) -> Result<(), Violation> {
     let mut random = fastrand::Rng::with_seed(seed);
     let was_dirty = is_dirty(&rig.disk.contents(IMAGE));
     rig.open(&OpenOptions::default())?;
+    limit_counts(rig, &mut random);
     let client = rig.worker();
     rig.judge_reads(&client)?;
     rig.driver.spawn(chaos(client, random.fork(), 20, Mix::ALL));
@@ -682,7 +717,7 @@ fn the_repair_of_qemu_agrees() {
 /// A table that cannot be read stops the rebuild, which begins again when it can.
 #[test]
 fn a_rebuild_that_fails_begins_again() {
-    use crate::storage::sim::{Fault, OpKind};
+    use crate::storage::sim::Fault;
     let recipe = Recipe {
         fill: |_| Fill::Data,
         snapshot: true,

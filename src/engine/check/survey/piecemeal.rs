@@ -6,13 +6,14 @@
 //! reused, until the counts are there.
 //!
 //! Judges no refcount and no copied flag: nobody trusts them.
+//!
+//! Counts the clusters of a window, which ends where [`COUNTS_BYTES`] of counts do; one survey after
+//! the other counts them all. Besides, there are 16 bytes of memory for each L2 table.
 
-use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::l2::{TableUse, neighbours};
-use super::role::Role;
-use super::{RefCounts, Survey, Surveyor};
+use super::{CLUSTERS_MAX, RefCounts, Survey, Surveyor, TableUse};
 use crate::engine::check::report::{Report, Severity};
 use crate::engine::error::{Error, ErrorKind};
 use crate::engine::source::{Layout, Source};
@@ -20,24 +21,21 @@ use crate::format::RefcountTableEntry;
 use crate::storage::{FileId, Storage};
 use crate::units::to_u64;
 
+/// Memory of the counts: enough for 2 TiB in clusters of 64 KiB and two snapshots of all of it.
+pub(in crate::engine) const COUNTS_BYTES: usize = 9 << 20;
+
 /// See the module text.
 pub(in crate::engine) struct Piecemeal {
     layout: Layout,
     /// Bytes of the file at open.
     file_len: u64,
     /// The first entries of the active L1 table at open.
-    l1: Box<[u64]>,
+    l1: Arc<[u64]>,
     /// What the survey knows, between two pieces.
-    known: Option<Known>,
+    known: Option<Survey>,
     /// All L2 tables, in file order, and how many of them are read.
     tables: Vec<TableUse>,
     tables_read: usize,
-}
-
-/// A [`Surveyor`] that rests.
-struct Known {
-    out: Survey,
-    roles: HashMap<u64, (Role, u64)>,
 }
 
 /// The references that a finished survey has found.
@@ -71,7 +69,8 @@ impl std::fmt::Debug for Counted {
 }
 
 impl Piecemeal {
-    /// Reads the roots: the L1 tables of the active tree and of all snapshots.
+    /// Reads the roots: the L1 tables of the active tree and of all snapshots. Clusters are counted from
+    /// `window_start` on, with some before it.
     ///
     /// # Errors
     /// `Io` when something cannot be read; `Unsupported` for a file that is too long.
@@ -80,7 +79,9 @@ impl Piecemeal {
         file: FileId,
         layout: Layout,
         file_len: u64,
-        l1: Box<[u64]>,
+        l1: Arc<[u64]>,
+        window_start: u64,
+        counts_bytes: usize,
     ) -> Result<Self, Error> {
         let mut new = Self {
             layout,
@@ -93,7 +94,8 @@ impl Piecemeal {
         let source = new.source(storage, file)?;
         let mut surveyor = Surveyor::new(&source, &new.layout)?;
         surveyor.l1_at_open = &new.l1;
-        surveyor.judges_flags = false;
+        surveyor.judges = false;
+        surveyor.out.refs = RefCounts::new(window_start, counts_bytes);
         surveyor.load_reftable().await?;
         for entry in &mut surveyor.out.reftable {
             // A block that was made since.
@@ -102,7 +104,7 @@ impl Piecemeal {
             }
         }
         surveyor.roots().await?;
-        let tables = surveyor.sorted_tables();
+        let tables = surveyor.take_tables();
         let known = surveyor.rest()?;
         new.known = Some(known);
         new.tables = tables;
@@ -113,6 +115,12 @@ impl Piecemeal {
     pub(in crate::engine) fn progress(&self) -> (u64, u64) {
         let bytes = |tables: usize| to_u64(tables) * self.layout.geometry.cluster_size();
         (bytes(self.tables.len()), bytes(self.tables_read))
+    }
+
+    /// Where the window ends, as far as that is known.
+    pub(in crate::engine) fn window_end(&self) -> u64 {
+        let known = self.known.as_ref();
+        known.map_or(CLUSTERS_MAX, |out| out.refs.window().end)
     }
 
     /// Reads at most `bytes` of L2 tables (at least one). False: all are read.
@@ -135,9 +143,7 @@ impl Piecemeal {
         let known = self.known.take();
         let source = self.source(storage, file)?;
         let mut surveyor = self.wake(&source, known)?;
-        for run in neighbours(&self.tables[piece], cluster_size) {
-            surveyor.l2_run(run).await;
-        }
+        surveyor.read_tables(&self.tables[piece]).await;
         let known = surveyor.rest()?;
         self.known = Some(known);
         self.tables_read = end;
@@ -158,7 +164,7 @@ impl Piecemeal {
         let mut surveyor = self.wake(&source, known)?;
         surveyor.bitmaps().await;
         surveyor.refcount_structure();
-        let Known { out, .. } = surveyor.rest()?;
+        let out = surveyor.rest()?;
         let Survey { report, refs, .. } = out;
         let harmless = report.dangling + out.incomplete_snapshots + out.flag_errors;
         if report.corruptions > harmless {
@@ -190,9 +196,9 @@ impl Piecemeal {
     fn wake<'a, S: Storage>(
         &'a self,
         source: &'a Source<'a, S>,
-        known: Option<Known>,
+        known: Option<Survey>,
     ) -> Result<Surveyor<'a, S>, Error> {
-        let Some(Known { out, roles }) = known else {
+        let Some(out) = known else {
             return Err(Error::new(
                 ErrorKind::Io,
                 "a survey was given up half-way and must begin again",
@@ -200,9 +206,8 @@ impl Piecemeal {
         };
         let mut surveyor = Surveyor::new(source, &self.layout)?;
         surveyor.l1_at_open = &self.l1;
-        surveyor.judges_flags = false;
+        surveyor.judges = false;
         surveyor.out = out;
-        surveyor.roles = roles;
         Ok(surveyor)
     }
 }
@@ -210,16 +215,13 @@ impl Piecemeal {
 impl<S: Storage> Surveyor<'_, S> {
     /// What is to be kept until the next piece. A table that could not be read makes all counts
     /// useless.
-    fn rest(self) -> Result<Known, Error> {
+    fn rest(self) -> Result<Survey, Error> {
         debug_assert!(self.found_tables.is_empty(), "tables that nobody will read");
         if self.out.report.check_errors > 0 {
             let problem = first_problem(&self.out.report).to_owned();
             return Err(Error::new(ErrorKind::Io, problem));
         }
-        Ok(Known {
-            out: self.out,
-            roles: self.roles,
-        })
+        Ok(self.out)
     }
 }
 
@@ -238,10 +240,18 @@ fn first_problem(report: &Report) -> &str {
 }
 
 impl Counted {
-    /// The count that a cluster must get whose count is `found`; `None` where the width of
-    /// refcounts has no room for it.
+    /// Where the clusters begin that are for another survey, if there are any.
+    pub(in crate::engine) fn window_end(&self) -> Option<u64> {
+        let end = self.refs.window().end;
+        (end < CLUSTERS_MAX).then_some(end)
+    }
+
+    /// The count that a cluster must get whose count is `found`: the same outside of the window. `None`
+    /// where the width of refcounts has no room for it.
     pub(in crate::engine) fn wanted(&self, cluster: u64, found: u64) -> Option<u64> {
-        let references = self.refs.get(cluster);
+        let Some(references) = self.refs.get_inside(cluster) else {
+            return Some(found);
+        };
         // What looks free may belong to something that could not be looked at.
         let wanted = if self.trusted {
             references
