@@ -192,6 +192,10 @@ pub(crate) enum Gap {
     Grace,
     /// A request has looked at its clusters, and has not taken them yet.
     Take,
+    /// A table was looked at that is to be owned again.
+    Own,
+    /// All is written that the dirty bit excuses, and the bit is set still.
+    Clean,
 }
 
 #[cfg(test)]

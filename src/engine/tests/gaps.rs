@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use super::build::Recipe;
 use super::hazards::{data, tiny};
-use super::support::{Client, Mix, Rig, Violation, chaos, seeds};
+use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds};
 use crate::engine::error::lock;
 use crate::engine::order::{Gap, is_meanwhile_due, meanwhile};
-use crate::engine::{Image, OpenOptions};
+use crate::engine::{Image, OpenOptions, Step};
+use crate::format::Header;
 use crate::storage::block_on;
-use crate::storage::sim::{CutMode, OpKind, Outcome, SimDisk};
+use crate::storage::sim::{CutMode, OpKind, Outcome, SimDisk, yield_now};
 
 /// The instant of a freeze, without a snapshot. Returns the new generation.
 fn freeze(image: &Image) -> u64 {
@@ -146,6 +147,88 @@ fn a_request_never_waits_for_a_grace_that_it_holds_up() {
     rig.judge_trees().expect("as written");
 }
 
+/// Does the background work until somebody has come to the gap.
+fn work_up_to_the_gap(rig: &mut Rig) {
+    let client = rig.worker();
+    let worked = rig.act(async move {
+        while is_meanwhile_due() {
+            match client.worker.background_step().await? {
+                Step::Idle => break,
+                _ => yield_now().await,
+            }
+        }
+        Ok::<_, crate::engine::Error>(())
+    });
+    worked.expect("an answer").expect("worked");
+    assert!(!is_meanwhile_due(), "nobody comes there");
+}
+
+/// A snapshot is taken while the background work decides that a table is ours, or that nothing is left
+/// to do. Neither is true then.
+#[test]
+fn a_snapshot_that_comes_before_the_last_word_is_heeded() {
+    for gap in [Gap::Own, Gap::Clean] {
+        let recipe = Recipe {
+            fill: data,
+            ..Recipe::plain(12, 256 << 10)
+        };
+        let mut rig = Rig::opened(recipe, 1, &OpenOptions::default()).expect("opens");
+        let (client, other) = (rig.worker(), rig.worker());
+        let deleted = rig.act(async move {
+            client.snapshot("a").await?;
+            client.write(3, 2).await?;
+            client.settle().await;
+            client.delete("a").await
+        });
+        deleted.expect("an answer").expect("deleted");
+        then(&rig.disk, gap, move || {
+            let taken = block_on(other.snapshot("b"));
+            assert!(taken.is_ok(), "{taken:?}");
+        });
+        work_up_to_the_gap(&mut rig);
+        let header = Header::decode(&rig.disk.contents(IMAGE)).expect("a header");
+        assert!(header.is_dirty(), "{gap:?}");
+        let client = rig.worker();
+        let written = rig.act(async move {
+            for first in (1..512).step_by(8) {
+                client.write(first, 1).await?;
+            }
+            Ok::<_, crate::engine::Error>(())
+        });
+        written.expect("an answer").expect("written");
+        rig.settle().expect("settles");
+        let judged = rig.finish().and_then(|()| rig.judge_snapshots());
+        judged.unwrap_or_else(|violation| panic!("{gap:?}: {violation}"));
+    }
+}
+
+/// What a flush has collected, or is about to, is only in memory until it is written.
+#[test]
+fn what_a_flush_collects_is_not_evicted() {
+    for gap in 1..6 {
+        let recipe = Recipe {
+            fill: data,
+            snapshot: true,
+            ..Recipe::plain(10, 2 << 20)
+        };
+        let mut rig = Rig::opened(recipe, 1, &tiny()).expect("opens");
+        let (client, reader) = (rig.worker(), rig.worker());
+        then(&rig.disk, Gap::Collect(gap), move || evict(&reader));
+        let flushed = rig.act(async move {
+            for first in [0, 300, 600, 900] {
+                client.write(first, 1).await?;
+            }
+            client.flush().await
+        });
+        flushed.expect("an answer").expect("flushed");
+        assert!(!is_meanwhile_due());
+        let reader = rig.worker();
+        rig.read_all(&reader, 64).expect("as written");
+        rig.close().expect("closes");
+        rig.judge_closed().expect("as written");
+    }
+}
+
 /// Another thread links, copies tables and drops clusters in one gap between the steps in which a
 /// flush collects what it will write. Here it does so on the flush's own thread.
 fn others_link_while_a_flush_collects(gap: u32, seed: u64) -> Result<(), Violation> {
@@ -158,6 +241,7 @@ fn others_link_while_a_flush_collects(gap: u32, seed: u64) -> Result<(), Violati
     };
     let roomy = OpenOptions {
         l2_cache_size: Some(1 << 20),
+        refcount_cache_size: Some(0),
         ..OpenOptions::default()
     };
     let mix = Mix {

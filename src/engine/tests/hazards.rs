@@ -11,6 +11,7 @@ use std::task::{Context, Waker};
 
 use super::build::{Fill, Recipe};
 use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, counted, seeds, violation};
+use crate::engine::error::lock;
 use crate::engine::{ErrorKind, NewSnapshot, OpenOptions, State};
 use crate::format::Header;
 use crate::storage::sim::{CutMode, Fault, OpKind, Outcome, SimDisk};
@@ -549,52 +550,100 @@ fn growth_that_failed_leaves_no_bytes(nth: u64, seed: u64) -> Result<bool, Viola
 /// the table for which it found the opposite. A copy has no copied flags: who looks at it copies clusters
 /// that others write in place.
 fn a_table_that_is_ours_again_before_it_is_copied(seed: u64) -> Result<(), Violation> {
+    // Of a snapshot that was not settled the L1 entry has its copied flag all the time.
+    for settled in [true, false] {
+        let recipe = Recipe {
+            fill: data,
+            ..Recipe::plain(12, 1 << 20)
+        };
+        let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
+        let (client, copier) = (rig.worker(), rig.worker());
+        let taker = client.clone();
+        let taken = rig.act(async move {
+            taker.snapshot("a").await?;
+            if settled {
+                taker.settle().await;
+            }
+            Ok::<_, crate::engine::Error>(())
+        })?;
+        taken.map_err(|error| Violation(error.chain()))?;
+        rig.disk.hold(|op| op.kind == OpKind::Zeroes);
+        rig.driver
+            .spawn(async move { copier.write(0, 1).await.is_ok() });
+        rig.driver.run_until_stuck();
+        if rig.disk.in_flight().is_empty() {
+            return violation("no table is made");
+        }
+        let deleter = client.clone();
+        let deleted = rig.act(async move {
+            deleter.delete("a").await?;
+            deleter.settle().await;
+            Ok::<_, crate::engine::Error>(())
+        })?;
+        deleted.map_err(|error| Violation(error.chain()))?;
+        let (slow, quick) = (rig.worker(), rig.worker());
+        if !slow.is_in_place(8, MARKED) {
+            return violation("nothing is ours again");
+        }
+        rig.disk.hold(|op| {
+            op.kind == OpKind::Zeroes || (op.kind == OpKind::Write && op.len == MARKED * 512)
+        });
+        rig.driver
+            .spawn(async move { slow.write(8, MARKED).await.is_ok() });
+        rig.driver.run_until_stuck();
+        hold_marked(&rig.disk, OpKind::Write);
+        rig.driver.run_until_stuck();
+        let written = rig.act(async move { quick.write(12, 2).await })?;
+        written.map_err(|error| Violation(error.chain()))?;
+        rig.disk.release();
+        rig.run()?;
+        let reader = rig.worker();
+        rig.read_all(&reader, 8)?;
+        rig.finish()?;
+    }
+    Ok(())
+}
+
+/// A write goes into the cluster that a zero entry keeps, and the tree is frozen and its table copied
+/// before the entry changes: the cluster is not ours alone any more.
+fn a_kept_cluster_that_comes_to_be_shared(seed: u64) -> Result<(), Violation> {
+    let fill = |cluster| {
+        if cluster == 0 {
+            Fill::ZeroKept
+        } else {
+            Fill::Data
+        }
+    };
     let recipe = Recipe {
-        fill: data,
-        ..Recipe::plain(12, 1 << 20)
+        fill,
+        ..Recipe::plain(12, 64 << 10)
     };
     let mut rig = Rig::opened(recipe, seed, &OpenOptions::default())?;
-    let (client, copier) = (rig.worker(), rig.worker());
-    let taker = client.clone();
-    let taken = rig.act(async move {
-        taker.snapshot("a").await?;
-        taker.settle().await;
-        Ok::<_, crate::engine::Error>(())
-    })?;
-    taken.map_err(|error| Violation(error.chain()))?;
-    rig.disk.hold(|op| op.kind == OpKind::Zeroes);
+    let (slow, quick, client) = (rig.worker(), rig.worker(), rig.worker());
+    rig.disk.hold(|op| op.kind == OpKind::Write);
     rig.driver
-        .spawn(async move { copier.write(0, 1).await.is_ok() });
+        .spawn(async move { slow.write(0, 3).await.is_ok() });
     rig.driver.run_until_stuck();
-    if rig.disk.in_flight().is_empty() {
-        return violation("no table is made");
+    let held: Vec<u64> = rig.disk.in_flight().iter().map(|op| op.id).collect();
+    if held.len() != 1 {
+        return violation("nothing is written into the cluster");
     }
-    let deleter = client.clone();
-    let deleted = rig.act(async move {
-        deleter.delete("a").await?;
-        deleter.settle().await;
-        Ok::<_, crate::engine::Error>(())
-    })?;
-    deleted.map_err(|error| Violation(error.chain()))?;
-    let (slow, quick) = (rig.worker(), rig.worker());
-    if !slow.is_in_place(8, MARKED) {
-        return violation("nothing is ours again");
-    }
-    rig.disk.hold(|op| {
-        op.kind == OpKind::Zeroes || (op.kind == OpKind::Write && op.len == MARKED * 512)
-    });
+    rig.disk.hold(move |op| held.contains(&op.id));
+    let generation = rig.image().board.generation();
     rig.driver
-        .spawn(async move { slow.write(8, MARKED).await.is_ok() });
-    rig.driver.run_until_stuck();
-    hold_marked(&rig.disk, OpKind::Write);
-    rig.driver.run_until_stuck();
-    let written = rig.act(async move { quick.write(12, 2).await })?;
+        .spawn(async move { client.snapshot("a").await.is_ok() });
+    let image = Arc::clone(rig.image());
+    rig.driver
+        .run_until(|| image.board.generation() > generation);
+    let written = rig.act(async move { quick.write(8, 8).await })?;
     written.map_err(|error| Violation(error.chain()))?;
     rig.disk.release();
     rig.run()?;
     let reader = rig.worker();
     rig.read_all(&reader, 8)?;
-    rig.finish()
+    rig.settle()?;
+    rig.finish()?;
+    rig.judge_snapshots()
 }
 
 /// A write in place is on its way when the tree is frozen. A later one to the other half of the same
@@ -736,9 +785,13 @@ fn two_writers_of_a_refcount_block(seed: u64) -> Result<(), Violation> {
             let client = client.clone();
             async move {
                 client.snapshot("a").await?;
-                // The table is copied, and its old cluster is in the block.
+                // The table is copied.
                 client.write(8, 1).await?;
-                client.flush().await
+                // Counts that one flush lowers are written by the next.
+                for _ in 0..3 {
+                    client.flush().await?;
+                }
+                Ok::<_, crate::engine::Error>(())
             }
         })?;
         taken.map_err(|error| Violation(error.chain()))?;
@@ -748,9 +801,6 @@ fn two_writers_of_a_refcount_block(seed: u64) -> Result<(), Violation> {
         };
         rig.disk
             .hold(move |op| op.kind == OpKind::Write && op.offset == block);
-        let write = client.clone();
-        let written = rig.act(async move { write.write(16, 8).await })?;
-        written.map_err(|error| Violation(error.chain()))?;
         let disk = rig.disk.clone();
         let held = move || {
             disk.in_flight()
@@ -758,20 +808,19 @@ fn two_writers_of_a_refcount_block(seed: u64) -> Result<(), Violation> {
                 .filter(|op| op.offset == block)
                 .count()
         };
-        let (flusher, settler) = (client.clone(), client.clone());
+        let (guest, settler) = (client.clone(), client.clone());
+        let guest = async move {
+            guest.write(16, 8).await?;
+            guest.flush().await
+        };
         if flush_first {
-            rig.driver
-                .spawn(async move { flusher.flush().await.is_ok() });
+            rig.driver.spawn(guest);
             rig.driver.run_until(|| held() > 0);
             rig.driver.spawn(async move { settler.settle().await });
         } else {
             rig.driver.spawn(async move { settler.settle().await });
             rig.driver.run_until(|| held() > 0);
-            let change = client.clone();
-            let changed = rig.act(async move { change.write(24, 8).await })?;
-            changed.map_err(|error| Violation(error.chain()))?;
-            rig.driver
-                .spawn(async move { flusher.flush().await.is_ok() });
+            rig.driver.spawn(guest);
         }
         rig.driver.run_until_stuck();
         if held() != 1 {
@@ -824,9 +873,66 @@ hazards! {
     tables_that_are_given_back_leave_no_bytes => tables_that_are_given_back_leave_no_bytes_to_others,
     tables_in_spare_clusters_leave_no_bytes => tables_in_spare_clusters_leave_no_bytes_to_others,
     a_table_that_is_ours_again_before_it_is_copied => a_table_that_is_ours_again_is_not_copied,
+    a_kept_cluster_that_comes_to_be_shared => a_kept_cluster_is_not_ours_once_it_is_shared,
     a_slow_write_in_place_and_its_copy => a_copy_has_the_writes_in_place_of_before_the_freeze,
     tables_in_the_place_of_tables => a_new_table_has_no_entries_of_an_old_one,
     two_writers_of_a_refcount_block => a_refcount_block_has_one_writer_at_a_time,
+}
+
+/// The refcount table has moved, and its old place has become a guest's.
+#[test]
+fn where_metadata_is_is_protected_and_where_it_was_is_not() {
+    let fill = |cluster| {
+        if cluster < 3650 {
+            Fill::Data
+        } else {
+            Fill::None
+        }
+    };
+    let recipe = Recipe {
+        refcount_order: 6,
+        fill,
+        ..Recipe::plain(9, 3 << 20)
+    };
+    let mut rig = Rig::opened(recipe, 1, &tiny()).expect("opens");
+    let header = |rig: &Rig| Header::decode(&rig.disk.contents(IMAGE)).expect("a header");
+    let before = header(&rig);
+    let client = rig.worker();
+    let worked = rig.act(async move {
+        for sector in 3650..5800 {
+            client.write(sector, 1).await?;
+            if sector % 500 == 0 {
+                client.flush().await?;
+            }
+        }
+        client.snapshot("a").await?;
+        client.settle().await;
+        client.flush().await
+    });
+    worked.expect("an answer").expect("done");
+    let after = header(&rig);
+    assert_ne!(before.refcount_table_offset, after.refcount_table_offset);
+    {
+        let target = rig.image().qcow2_target().expect("writable");
+        let protected = lock(&target.mapping.protected);
+        let is_protected = |offset: u64| protected.overlaps(&(offset >> 9..(offset >> 9) + 1));
+        for cluster in 0..u64::from(after.refcount_table_clusters) {
+            assert!(is_protected(
+                after.refcount_table_offset.get() + cluster * 512
+            ));
+        }
+        let allocator = &target.active.allocator;
+        for block in 0..allocator.blocks_max() {
+            let offset = allocator.block_offset(block);
+            assert!(offset.is_none_or(|offset| is_protected(offset.get())));
+        }
+        assert!(is_protected(after.snapshot_table_offset.get()));
+        assert!(!is_protected(before.refcount_table_offset.get()));
+    }
+    // From the file, with such a small cache.
+    let reader = rig.worker();
+    rig.read_all(&reader, 64).expect("as written");
+    rig.finish().expect("clean");
 }
 
 #[test]
