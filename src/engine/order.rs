@@ -179,9 +179,33 @@ pub(crate) fn is_broken(rule: Rule) -> bool {
     BROKEN.get() == Some(rule)
 }
 
-/// What another thread does in one gap between the steps of a collection.
+/// Where a test can have another thread come between two statements of this one.
 #[cfg(test)]
-type Meanwhile = (u32, Box<dyn FnOnce()>);
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Gap {
+    /// Between the steps of a collection; the number is one of [`Self::COLLECT`].
+    Collect(u32),
+    /// A slice was found, and is not pinned yet.
+    Pin,
+    /// A request knows that it must wait for its grace, and does not do so yet.
+    Grace,
+    /// A request has looked at its clusters, and has not taken them yet.
+    Take,
+    /// A table was looked at that is to be owned again.
+    Own,
+    /// All is written that the dirty bit excuses, and the bit is set still.
+    Clean,
+}
+
+#[cfg(test)]
+impl Gap {
+    /// The gaps of a collection.
+    pub(crate) const COLLECT: std::ops::RangeInclusive<u32> = 1..=7;
+}
+
+/// What another thread does in a gap.
+#[cfg(test)]
+type Meanwhile = (Gap, Box<dyn FnOnce()>);
 
 #[cfg(test)]
 std::thread_local! {
@@ -189,19 +213,21 @@ std::thread_local! {
         const { std::cell::RefCell::new(None) };
 }
 
-/// Has the next collection on this thread call `work` in its gap `number`, once.
+/// Has whoever next comes to a gap on this thread call `work` there, once.
 #[cfg(test)]
-pub(crate) fn meanwhile(number: u32, work: impl FnOnce() + 'static) {
-    MEANWHILE.set(Some((number, Box::new(work))));
+pub(crate) fn meanwhile(gap: Gap, work: impl FnOnce() + 'static) {
+    MEANWHILE.set(Some((gap, Box::new(work))));
 }
 
-/// Gaps of a collection, from 1 on.
+/// Nobody has come to the gap.
 #[cfg(test)]
-pub(crate) const GAPS: u32 = 5;
+pub(crate) fn is_meanwhile_due() -> bool {
+    MEANWHILE.with_borrow(Option::is_some)
+}
 
 #[cfg(test)]
-fn gap(number: u32) {
-    let is_meant = |meant: &mut Meanwhile| meant.0 == number;
+pub(crate) fn gap(gap: Gap) {
+    let is_meant = |meant: &mut Meanwhile| meant.0 == gap;
     let meant = MEANWHILE.with_borrow_mut(|meanwhile| meanwhile.take_if(is_meant));
     if let Some((_, work)) = meant {
         work();
@@ -500,7 +526,7 @@ impl<S: Storage> Worker<S> {
     fn collect(&self, mapping: &Mapping, active: &Active) -> Collected {
         let dropped = lock(&active.drops).take();
         #[cfg(test)]
-        gap(1);
+        gap(Gap::Collect(1));
         let (l1_indices, l1_values) = {
             let mut l1 = lock(&active.l1);
             let mut indices = std::mem::take(&mut l1.modified);
@@ -513,11 +539,11 @@ impl<S: Storage> Worker<S> {
             (indices, values)
         };
         #[cfg(test)]
-        gap(2);
+        gap(Gap::Collect(2));
         let mut bodies = self.image.store.take_modified();
         bodies.sort_unstable_by_key(|body| body.key().get());
         #[cfg(test)]
-        gap(3);
+        gap(Gap::Collect(3));
         let mut new_tables = Vec::new();
         let mut slices = Vec::new();
         let slice_bytes = to_usize(mapping.slice_bytes());
@@ -526,7 +552,7 @@ impl<S: Storage> Worker<S> {
         // table stays named; one that is not stays so until this flush has written its name.
         let unnamed = lock(&active.l1).unnamed_tables.clone();
         #[cfg(test)]
-        gap(4);
+        gap(Gap::Collect(4));
         for body in &bodies {
             body.pin();
             let host_offset = body.key().host_offset().get();
@@ -540,7 +566,7 @@ impl<S: Storage> Worker<S> {
             drop(state);
         }
         #[cfg(test)]
-        gap(5);
+        gap(Gap::Collect(5));
         let (blocks, names) = active.allocator.collect();
         let mut l1 = Vec::new();
         for (index, value) in l1_indices.iter().zip(&l1_values) {

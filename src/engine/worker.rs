@@ -18,6 +18,8 @@ use super::compress::ClusterCache;
 use super::error::Error;
 use super::extent::{Extent, ExtentList, Fast};
 use super::layer::{EntryPlace, Layer, LayerKind, Mapping};
+#[cfg(test)]
+use super::order::{Gap, gap};
 use super::pin::{PinGuard, PinTable};
 use crate::format::l2::{Cluster, L2Entry};
 use crate::storage::{AlignedBuf, Storage};
@@ -245,6 +247,8 @@ impl<S: Storage> Worker<S> {
             });
         }
         let body = self.missing_slice(layer, mapping, key).await?;
+        #[cfg(test)]
+        gap(Gap::Pin);
         let ticket = self.directory.borrow_mut().pin(&body);
         Ok(PinnedSlice {
             directory: &self.directory,

@@ -12,6 +12,8 @@ use super::cache::slice::SliceBody;
 use super::error::{Error, ErrorKind};
 use super::layer::{EntryPlace, LayerKind};
 use super::order::keeps;
+#[cfg(test)]
+use super::order::{Gap, gap};
 use super::pin::PinGuard;
 use super::table::Target;
 use super::taken::TakenGuard;
@@ -272,6 +274,8 @@ impl<S: Storage> Worker<S> {
         // Requests from before the freeze may still write in place what is copied here. Before the
         // cluster is taken: one of them may wait for it.
         if span.copies_old_bytes(clusters, inside, sg.len()) && keeps!(GraceBeforeCopy) {
+            #[cfg(test)]
+            gap(Gap::Grace);
             self.image.board.grace(span.generation).await;
         }
         let Some(mut taken) = self.take(span, clusters).await else {
@@ -355,6 +359,8 @@ impl<S: Storage> Worker<S> {
     /// Takes the first `count` clusters of a span. `None`: the mapping changed, or somebody had
     /// them and is done now; look again.
     pub(crate) async fn take(&self, span: &Span<'_, '_>, count: usize) -> Option<TakenGuard> {
+        #[cfg(test)]
+        gap(Gap::Take);
         match self.try_take(span, count) {
             Take::Taken(taken) => Some(taken),
             Take::Stale => None,

@@ -13,6 +13,8 @@ use event_listener::Event;
 use super::Allocator;
 use crate::engine::cache::sieve::{Sieve, Verdict};
 use crate::engine::error::{Error, ErrorKind, lock};
+#[cfg(test)]
+use crate::engine::order::{Gap, gap};
 use crate::format::geometry::Geometry;
 use crate::format::refcount;
 use crate::storage::{AlignedBuf, Storage};
@@ -316,6 +318,58 @@ impl Blocks {
         }
     }
 
+    /// The copies have reached the file (or the image has failed).
+    fn copies_written(&mut self, copies: &[BlockCopy]) {
+        for copy in copies {
+            if let Some(resident) = self.resident.get_mut(copy.block) {
+                resident.writing = resident.writing.saturating_sub(1);
+            }
+        }
+    }
+
+    /// Copies up to `most` lagging blocks. Those that a flush writes are left to it.
+    fn copy_lagging(&mut self, most: usize) -> Vec<BlockCopy> {
+        let mut copies = Vec::new();
+        let mut left = Vec::new();
+        self.lagging.sort_unstable();
+        self.lagging.dedup();
+        for block in std::mem::take(&mut self.lagging) {
+            let host_offset = self.table_entry(block);
+            let Some(resident) = self.resident.get_mut(block) else {
+                continue;
+            };
+            if !resident.lagging {
+                continue;
+            }
+            if copies.len() == most || resident.writing > 0 || resident.modified {
+                left.push(block);
+                continue;
+            }
+            resident.lagging = false;
+            resident.writing += 1;
+            copies.push(BlockCopy {
+                block,
+                host_offset,
+                bytes: resident.data.clone(),
+                busy: false,
+            });
+        }
+        self.lagging = left;
+        copies
+    }
+
+    /// The end of [`Self::copy_lagging`]: the copies are in the file, or the blocks lag again.
+    fn lagging_written(&mut self, copies: &[BlockCopy], written: bool) {
+        self.copies_written(copies);
+        for copy in copies {
+            if written {
+                self.give_back(copy.block);
+            } else {
+                let _bytes = self.lag(copy.block);
+            }
+        }
+    }
+
     /// Takes in a block that growth has written to the file.
     pub(super) fn add_unnamed(&mut self, block: u64, host_offset: u64, data: AlignedBytes) {
         if let Some(entry) = usize::try_from(block)
@@ -435,7 +489,11 @@ impl Allocator {
         for block in modified {
             // A hold of the lock for each: requests wait for the copy of one block at most.
             lock(&self.state).blocks.copy_modified(block, &mut copies);
+            #[cfg(test)]
+            gap(Gap::Collect(6));
         }
+        #[cfg(test)]
+        gap(Gap::Collect(7));
         let state = lock(&self.state);
         let table_offset = state.table_offset;
         let blocks = &state.blocks;
@@ -455,60 +513,17 @@ impl Allocator {
 
     /// The copies have reached the file (or the image has failed).
     pub(crate) fn copies_written(&self, copies: &[BlockCopy]) {
-        let mut state = lock(&self.state);
-        for copy in copies {
-            if let Some(resident) = state.blocks.resident.get_mut(copy.block) {
-                resident.writing = resident.writing.saturating_sub(1);
-            }
-        }
+        lock(&self.state).blocks.copies_written(copies);
     }
 
     /// Copies up to `most` lagging blocks. Those that a flush writes are left to it.
     pub(super) fn collect_lagging(&self, most: usize) -> Vec<BlockCopy> {
-        let mut state = lock(&self.state);
-        let blocks = &mut state.blocks;
-        let mut copies = Vec::new();
-        let mut left = Vec::new();
-        blocks.lagging.sort_unstable();
-        blocks.lagging.dedup();
-        for block in std::mem::take(&mut blocks.lagging) {
-            let host_offset = blocks.table_entry(block);
-            let Some(resident) = blocks.resident.get_mut(block) else {
-                continue;
-            };
-            if !resident.lagging {
-                continue;
-            }
-            if copies.len() == most || resident.writing > 0 || resident.modified {
-                left.push(block);
-                continue;
-            }
-            resident.lagging = false;
-            resident.writing += 1;
-            copies.push(BlockCopy {
-                block,
-                host_offset,
-                bytes: resident.data.clone(),
-                busy: false,
-            });
-        }
-        blocks.lagging = left;
-        copies
+        lock(&self.state).blocks.copy_lagging(most)
     }
 
     /// The end of [`Self::collect_lagging`]: the copies are in the file, or the blocks lag again.
     pub(super) fn lagging_written(&self, copies: &[BlockCopy], written: bool) {
-        let mut state = lock(&self.state);
-        for copy in copies {
-            if let Some(resident) = state.blocks.resident.get_mut(copy.block) {
-                resident.writing = resident.writing.saturating_sub(1);
-            }
-            if written {
-                state.blocks.give_back(copy.block);
-            } else {
-                let _bytes = state.blocks.lag(copy.block);
-            }
-        }
+        lock(&self.state).blocks.lagging_written(copies, written);
     }
 
     /// An `fdatasync` that began after these blocks were written has succeeded.
@@ -544,5 +559,108 @@ impl Drop for Loading<'_> {
         {
             event.notify(usize::MAX);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Four blocks have room, and there are 64 in the table.
+    fn blocks() -> Blocks {
+        let geometry = Geometry::new(9, 4).expect("valid");
+        Blocks::new(geometry, (1..65).map(|block| block << 9).collect(), 0)
+    }
+
+    fn bytes() -> AlignedBytes {
+        vec![0; 512].into_boxed_slice()
+    }
+
+    /// Others are needed, and go through the cache.
+    fn crowd(blocks: &mut Blocks) {
+        for block in 20..60 {
+            blocks.insert(block, bytes());
+        }
+        assert!(blocks.get(20).is_none(), "nothing is evicted");
+    }
+
+    #[test]
+    fn a_block_that_differs_from_the_file_is_neither_evicted_nor_given_back() {
+        type Differ = fn(&mut Blocks);
+        let differ: [(&str, Differ); 4] = [
+            ("modified", |blocks| {
+                blocks.modify(1).expect("resident").set(3, 1);
+            }),
+            ("lagging", |blocks| {
+                blocks.lag(1).expect("resident")[7] = 1;
+            }),
+            ("being flushed", |blocks| {
+                blocks.modify(1).expect("resident").set(3, 1);
+                blocks.copy_modified(1, &mut Vec::new());
+            }),
+            ("written in the background", |blocks| {
+                blocks.lag(1).expect("resident")[7] = 1;
+                assert_eq!(blocks.copy_lagging(1).len(), 1);
+            }),
+        ];
+        for (name, differ) in differ {
+            for borrowed in [false, true] {
+                let mut blocks = blocks();
+                if borrowed {
+                    blocks.insert_borrowed(1, bytes());
+                } else {
+                    blocks.insert(1, bytes());
+                }
+                differ(&mut blocks);
+                blocks.give_back(1);
+                assert!(blocks.peek(1).is_some(), "{name}: given back");
+                crowd(&mut blocks);
+                assert!(blocks.peek(1).is_some(), "{name}: evicted");
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_that_equals_the_file_goes() {
+        let mut blocks = blocks();
+        blocks.insert_borrowed(1, bytes());
+        blocks.give_back(1);
+        assert!(blocks.peek(1).is_none());
+        blocks.insert(1, bytes());
+        blocks.lag(1).expect("resident")[7] = 1;
+        let copies = blocks.copy_lagging(1);
+        blocks.lagging_written(&copies, true);
+        crowd(&mut blocks);
+        assert!(blocks.peek(1).is_none());
+    }
+
+    #[test]
+    fn a_block_lags_again_when_its_write_has_failed() {
+        let mut blocks = blocks();
+        blocks.insert_borrowed(1, bytes());
+        blocks.lag(1).expect("resident")[7] = 1;
+        let copies = blocks.copy_lagging(9);
+        blocks.lagging_written(&copies, false);
+        crowd(&mut blocks);
+        let copies = blocks.copy_lagging(9);
+        assert_eq!(copies.len(), 1);
+        assert_eq!(copies[0].bytes[7], 1);
+    }
+
+    #[test]
+    fn a_block_that_is_being_written_is_not_written_in_the_background() {
+        let mut blocks = blocks();
+        blocks.insert(1, bytes());
+        blocks.modify(1).expect("resident").set(3, 1);
+        blocks.lag(1).expect("resident")[9] = 1;
+        assert!(blocks.copy_lagging(9).is_empty(), "a flush writes it");
+        let mut copies = Vec::new();
+        blocks.copy_modified(1, &mut copies);
+        blocks.lag(1).expect("resident")[10] = 1;
+        assert!(blocks.copy_lagging(9).is_empty(), "it is being written");
+        blocks.copies_written(&copies);
+        let copies = blocks.copy_lagging(9);
+        assert_eq!(copies[0].bytes[9..11], [1, 1]);
+        assert!(!copies[0].busy);
     }
 }

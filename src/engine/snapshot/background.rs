@@ -25,6 +25,8 @@ use crate::engine::Image;
 use crate::engine::allocator::Change;
 use crate::engine::error::{Error, lock};
 use crate::engine::order::keeps;
+#[cfg(test)]
+use crate::engine::order::{Gap, gap};
 use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::header::INCOMPAT_DIRTY;
@@ -379,6 +381,8 @@ impl<S: Storage> Worker<S> {
             self.flush().await?;
             self.flush().await?;
         }
+        #[cfg(test)]
+        gap(Gap::Clean);
         // No command has begun, and none begins before the bit is gone: it would set it again.
         let _table = active.snapshots.table.lock().await;
         if active.snapshots.front().is_some() {

@@ -20,6 +20,8 @@ use crate::engine::cache::slice::SliceBody;
 use crate::engine::cache::store::Lookup;
 use crate::engine::error::{Error, lock};
 use crate::engine::layer::EntryPlace;
+#[cfg(test)]
+use crate::engine::order::{Gap, gap};
 use crate::engine::table::Target;
 use crate::engine::worker::Worker;
 use crate::format::l1::L1Entry;
@@ -384,6 +386,8 @@ impl<S: Storage> Worker<S> {
             mapping, active, ..
         } = target;
         let Found { l1_index, .. } = *found;
+        #[cfg(test)]
+        gap(Gap::Own);
         let mut l1 = lock(&active.l1);
         if !lock(&active.drops).all_settled() {
             return Decided::Unsettled;

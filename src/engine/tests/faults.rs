@@ -275,3 +275,22 @@ fn what_was_given_back_is_used_before_a_write_fails_for_want_of_space() {
         rig.judge_closed().expect("clean");
     }
 }
+
+/// Two callers wait for an `fdatasync` of their own. The host tells the first that data was lost, and
+/// nobody else.
+#[test]
+fn no_sync_succeeds_after_one_that_failed() {
+    let mut rig = Rig::new(Recipe::plain(12, 64 << 10), 1);
+    rig.open(&OpenOptions::default()).expect("opens");
+    let active = rig.image().active.as_ref().expect("writable");
+    let (header, storage) = (std::sync::Arc::clone(&active.header), rig.disk.storage());
+    let before = rig.disk.syncs();
+    rig.disk.fail_nth_of(OpKind::Sync, 1, libc::EIO);
+    let (first, second) = rig.block_on(async move {
+        futures_util::future::join(header.sync_data(&storage), header.sync_data(&storage)).await
+    });
+    for answer in [first, second] {
+        assert_eq!(answer.map_err(|error| error.kind()), Err(ErrorKind::Failed));
+    }
+    assert_eq!(rig.disk.syncs() - before, 1);
+}

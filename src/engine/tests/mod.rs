@@ -3,6 +3,7 @@
 //! - `referee`: random work on real files, judged by `qemu-img`.
 //! - `model`: random work of several workers against a model of every sector.
 //! - `crash`: the power goes at every step (`cuts`). `faults`: every operation fails once.
+//! - `gaps`: another thread comes between two statements.
 //! - `hazards`: one dangerous interleaving per test. `rules`: every ordering rule is switched off
 //!   once, and the others must notice.
 //! - `oracle`: every snapshot that is taken under load is one instant.
@@ -22,6 +23,7 @@ mod cuts;
 mod external;
 mod external_faults;
 mod faults;
+mod gaps;
 mod hazards;
 mod model;
 mod oracle;

@@ -6,7 +6,7 @@ use super::support::{Client, IMAGE, Mix, Rig, Violation, chaos, seeds, violation
 use crate::engine::{BackgroundKind, ErrorKind, NewSnapshot, OpenOptions, Selector, Step};
 use crate::format::geometry::{SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
 use crate::format::{Header, SnapshotEntry, refcount};
-use crate::storage::sim::{OpKind, yield_now};
+use crate::storage::sim::{CutMode, OpKind, yield_now};
 use crate::units::to_usize;
 
 fn mixed(cluster: u64) -> Fill {
@@ -810,6 +810,16 @@ fn one_failure(
     }
     if errors > 1 {
         return violation(format!("{errors} errors of one failure"));
+    }
+    // What the file says without an orderly stop.
+    let mut random = fastrand::Rng::with_seed(nth);
+    let after = rig.after_cut(
+        rig.disk.power_cut(&mut random, CutMode::NothingUnflushed),
+        nth,
+    );
+    let report = after.check()?;
+    if is_dirty(&after) || !report.is_consistent() {
+        return violation(format!("called clean, but: {:?}", report.problems));
     }
     judge_settled(&mut rig)?;
     Ok(hit)
