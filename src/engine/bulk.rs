@@ -1,4 +1,4 @@
-//! Reading many clusters of metadata at once.
+//! Reading many clusters of metadata at once, and writing many pieces of it.
 //!
 //! Neighbours in the file are read by one request, and several requests are in flight, so that tables
 //! that lie all over the file do not cost a round trip each. All of them share one buffer: one for
@@ -6,13 +6,14 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 
 use futures_util::stream::{self, StreamExt};
 
 use crate::storage::buffer::BufOwner;
-use crate::storage::{AlignedBuf, FileId, Storage};
+use crate::storage::{AlignedBuf, FileId, SgList, Storage};
 use crate::units::{to_u64, to_usize};
 
 /// Bytes of one request (at least one cluster).
@@ -63,6 +64,37 @@ pub(super) async fn read_clusters<S: Storage>(
     Read { buf, failed }
 }
 
+/// Writes pieces of metadata, each to its host offset. Returns when none is in flight any more, also after
+/// one has failed: a later write to the same place must not be overtaken by an earlier one.
+///
+/// # Errors
+/// The first failure, and the host offset of the piece.
+pub(super) async fn write_pieces<'a, S: Storage>(
+    storage: &S,
+    file: FileId,
+    pieces: impl IntoIterator<Item = (u64, &'a [u8])>,
+) -> Result<(), (u64, io::Error)> {
+    let failed = Cell::new(false);
+    let write = |(host_offset, bytes): (u64, &'a [u8])| {
+        let failed = &failed;
+        async move {
+            let sg = SgList::from_buf(AlignedBuf::from_slice(bytes));
+            let written = storage.write(file, host_offset, sg).await;
+            failed.set(failed.get() || written.is_err());
+            written.map_err(|error| (host_offset, error))
+        }
+    };
+    let mut writes = stream::iter(pieces)
+        .take_while(|_| std::future::ready(!failed.get()))
+        .map(write)
+        .buffer_unordered(IN_FLIGHT);
+    let mut result = Ok(());
+    while let Some(written) = writes.next().await {
+        result = result.and(written);
+    }
+    result
+}
+
 /// The requests for these clusters.
 fn pieces(cluster_size: u64, starts: &[u64]) -> Vec<Range<usize>> {
     let most = to_usize((PIECE_BYTES / cluster_size).max(1));
@@ -85,7 +117,7 @@ fn pieces(cluster_size: u64, starts: &[u64]) -> Vec<Range<usize>> {
 mod tests {
     use super::*;
     use crate::storage::block_on;
-    use crate::storage::sim::{Fault, OpKind, SimDisk, SimFileOptions};
+    use crate::storage::sim::{Driver, Fault, OpKind, SimDisk, SimFileOptions};
 
     #[test]
     fn neighbours_are_one_request_as_long_as_it_is_short() {
@@ -94,6 +126,28 @@ mod tests {
         assert_eq!(pieces(512, &[]), []);
         let large = 2 << 20;
         assert_eq!(pieces(large, &[0, large]), [0..1, 1..2]);
+    }
+
+    #[test]
+    fn a_failed_write_is_told_when_the_others_are_over() {
+        let disk = SimDisk::new(1);
+        let file = disk.add_file(&[0; 4096], SimFileOptions::default());
+        let mut driver = Driver::new(1, &disk);
+        disk.hold(|operation| operation.offset == 512);
+        disk.fail_nth_of(OpKind::Write, 2, 28);
+        let storage = disk.storage();
+        let told = driver.spawn(async move {
+            let pieces = [512, 1024, 2048].map(|offset| (offset, [1; 512]));
+            let pieces = pieces.iter().map(|(offset, bytes)| (*offset, &bytes[..]));
+            write_pieces(&storage, file, pieces).await
+        });
+        driver.run_until_stuck();
+        assert!(!told.is_done(), "a write is in flight");
+        assert_eq!(disk.in_flight().len(), 1);
+        disk.release();
+        driver.run();
+        let (offset, error) = told.take().expect("is over").expect_err("has failed");
+        assert_eq!((offset, error.raw_os_error()), (1024, Some(28)));
     }
 
     #[test]

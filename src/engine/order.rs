@@ -27,22 +27,19 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use event_listener::Event;
-use futures_util::stream::{self, TryStreamExt};
-
 use super::active::Active;
 use super::allocator::{BlockCopy, TableWrite};
+use super::bulk::write_pieces;
 use super::cache::slice::SliceBody;
 use super::error::{Error, lock};
 use super::layer::{LayerKind, Mapping};
 use super::worker::Worker;
 use super::{Image, ImageEvent, State};
 use crate::engine::sync::Mutex;
-use crate::storage::{AlignedBuf, FileId, SgList, Storage};
+use crate::storage::{FileId, Storage};
 use crate::units::{to_u64, to_usize};
+use event_listener::Event;
 
-/// Metadata writes in flight at a time.
-const WRITES_IN_FLIGHT: usize = 32;
 /// Adjacent slices go into one write of at most this many bytes: guests' writes to the same file wait
 /// for one such write in the host's kernel.
 const MERGED_BYTES_MAX: usize = 128 << 10;
@@ -665,17 +662,11 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn write_all(&self, file: FileId, pieces: Vec<(u64, &[u8])>) -> Result<(), Error> {
-        stream::iter(pieces.into_iter().map(Ok))
-            .try_for_each_concurrent(WRITES_IN_FLIGHT, |(host_offset, bytes)| async move {
-                let sg = SgList::from_buf(AlignedBuf::from_slice(bytes));
-                self.storage
-                    .write(file, host_offset, sg)
-                    .await
-                    .map_err(|error| {
-                        Error::io(format!("cannot write metadata at {host_offset:#x}"), error)
-                    })
-            })
+        write_pieces(&self.storage, file, pieces)
             .await
+            .map_err(|(host_offset, error)| {
+                Error::io(format!("cannot write metadata at {host_offset:#x}"), error)
+            })
     }
 
     /// Takes references away whose unlinking is durable: many of them in the background, if

@@ -12,9 +12,10 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::blocks::BlockCopy;
 use super::{Allocator, Quarantined};
+use crate::engine::bulk::write_pieces;
 use crate::engine::error::{Error, ErrorKind, lock};
 use crate::format::refcount;
-use crate::storage::{AlignedBuf, SgList, Storage};
+use crate::storage::{AlignedBuf, Storage};
 use crate::units::{to_u64, to_usize};
 
 /// Most runs that are changed under one hold of the lock.
@@ -417,21 +418,19 @@ impl Allocator {
             copies: self.collect_lagging(most),
             written: false,
         };
-        stream::iter(writing.copies.iter().map(Ok))
-            .try_for_each_concurrent(IN_FLIGHT, |copy| async move {
-                let sg = SgList::from_buf(AlignedBuf::from_slice(&copy.bytes));
-                let host_offset = copy.host_offset;
-                storage
-                    .write(self.file, host_offset, sg)
-                    .await
-                    .map_err(|error| {
-                        Error::io(
-                            format!("cannot write the refcount block at {host_offset:#x}"),
-                            error,
-                        )
-                    })
-            })
-            .await?;
+        let copies = writing.copies.iter();
+        write_pieces(
+            storage,
+            self.file,
+            copies.map(|copy| (copy.host_offset, &copy.bytes[..])),
+        )
+        .await
+        .map_err(|(host_offset, error)| {
+            Error::io(
+                format!("cannot write the refcount block at {host_offset:#x}"),
+                error,
+            )
+        })?;
         writing.written = true;
         Ok(to_u64(writing.copies.len()) << self.geometry.cluster_bits())
     }
