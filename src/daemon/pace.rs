@@ -62,9 +62,9 @@ const LOSS_MAX: f64 = 0.05;
 /// pauses must be known.
 const FACTOR_BUSY: f64 = 4.0;
 const FACTOR_PROBE: f64 = 0.1;
-/// The shortest pause: what is owed for less is added up. When a thread goes to sleep, or wakes up, it
-/// takes the scheduler some milliseconds until the others have the processors to themselves again.
-const PAUSE_MIN: Duration = Duration::from_millis(30);
+/// The shortest pause: what is owed for less is added up. After each piece of work it takes a busy guest
+/// some twenty milliseconds to get back to its rate, however short the piece was.
+const PAUSE_MIN: Duration = Duration::from_millis(120);
 /// The longest pause: the work goes on, and the guest's idleness is noticed.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 

@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use futures_util::stream::{self, StreamExt};
 
+use super::breath::breathe;
 use crate::storage::buffer::BufOwner;
 use crate::storage::{AlignedBuf, FileId, SgList, Storage};
 use crate::units::{to_u64, to_usize};
@@ -45,6 +46,7 @@ pub(super) async fn read_clusters<S: Storage>(
         let part = whole.slice(at, to_u64(piece.len()) * cluster_size);
         async move {
             let result = storage.read(file, starts[piece.start], part).await;
+            breathe();
             result.err().map(|error| (piece, error))
         }
     };

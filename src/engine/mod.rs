@@ -14,6 +14,7 @@
 
 mod active;
 mod allocator;
+mod breath;
 mod bulk;
 pub mod cache;
 pub mod chain;

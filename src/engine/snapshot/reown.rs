@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::alone::{Alone, Learnt};
+use crate::engine::breath::breathe;
 use crate::engine::cache::SliceKey;
 use crate::engine::cache::slice::SliceBody;
 use crate::engine::cache::store::Lookup;
@@ -171,6 +172,7 @@ impl<S: Storage> Worker<S> {
             return Ok(Some(done));
         }
         for found in tables {
+            breathe();
             let mut modified = 0;
             match self.decide(target, &found, &mut modified) {
                 Decided::Done => {}
@@ -235,6 +237,7 @@ impl<S: Storage> Worker<S> {
         let mut found = Vec::new();
         while let Some((table, loaded)) = tables.try_next().await? {
             found.push(table);
+            breathe();
             reown.loaded.extend(loaded);
         }
         Ok(found)
@@ -358,6 +361,7 @@ impl<S: Storage> Worker<S> {
         let mut clusters: Vec<u64> = Vec::new();
         let mut places: Vec<(usize, usize)> = Vec::new();
         for (number, found) in tables.iter_mut().enumerate() {
+            breathe();
             for (index, entry) in found.entries.iter().enumerate() {
                 if let Some(host) = may_be_owned(target, found, index, *entry)
                     && !(found.owned && entry.copied())

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use super::Root;
 use crate::engine::allocator::{Change, PackedRun};
+use crate::engine::breath::breathe;
 use crate::engine::bulk::read_clusters;
 use crate::engine::check::COUNTS_BYTES;
 use crate::engine::error::Error;
@@ -381,6 +382,7 @@ impl<S: Storage> Worker<S> {
         let bytes = || buf.chunks_exact(to_usize(cluster_size));
         let mut suspicious = Vec::with_capacity(tables.len());
         for ((start, l1_index), table) in tables.iter().zip(bytes()) {
+            breathe();
             suspicious.push(
                 judge(mapping, *l1_index, *start, table)
                     .map_err(|error| error.context(format!("snapshot '{}'", walk.root.name)))?,
@@ -393,6 +395,7 @@ impl<S: Storage> Worker<S> {
         // Nothing fails from here on.
         for ((start, table), suspicious) in starts.iter().zip(bytes()).zip(suspicious) {
             walk.gather(mapping, *start, table, suspicious);
+            breathe();
         }
         walk.advance(tables.len(), cluster_size);
         let end = target.active.allocator.end_offset();
