@@ -9,7 +9,7 @@
 //! Transfers to and from a file that lives in memory (tmpfs) are no SQEs. The kernel would hand each to
 //! a thread of its own, writes one after the other, which costs more than the copy; and there is no device
 //! to wait for. So they are made at once, and are reaped as all others. Long reads are handed over: several
-//! processors copy faster than one.
+//! processors copy faster than one. So are very long writes, which would keep other queues waiting.
 //!
 //! Unsafe is needed to hand SQEs with raw pointers to the kernel; everybody else goes through the
 //! methods here. Ownership: what the kernel may touch belongs to the operation's slot until the
@@ -331,6 +331,22 @@ mod tests {
         ring.reap(|token, result| found.push((token, result)));
         assert_eq!(found, [(1, 5000), (2, -libc::EBADF), (3, 5100)]);
         assert!(!ring.has_completions());
+    }
+
+    /// The worker has other queues.
+    #[test]
+    fn a_very_long_write_in_memory_is_not_made_by_the_worker() {
+        let Some(dir) = memory() else { return };
+        let path = file_of(&dir, &[]);
+        let ring = ring();
+        let file = open_way(&path, (false, None)).unwrap();
+        let _storage = RingStorage::new(ring.clone(), vec![Arc::new(file)]).unwrap();
+        let mut from = AlignedBuf::from_slice(&pattern(4 << 20, 5));
+        // SAFETY: `from` lives until `reap_all` has reaped the operation.
+        unsafe { ring.push_writev(FileId(0), 0, &[iov(&mut from)], 1) }.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+        assert_eq!(reap_all(&ring), [(1, 4 << 20)]);
+        assert!(std::fs::read(&path).unwrap() == from[..]);
     }
 
     /// Else a task that moves much would keep all others waiting.

@@ -31,8 +31,11 @@ use crate::storage::host::Target;
 const CANCEL: u64 = u64::MAX;
 /// A submission refused for want of memory is tried again so often.
 const SUBMIT_TRIES: u32 = 1000;
-/// From here on a copy to or from the page cache takes longer than handing it to another thread.
-const LONG_COPY_BYTES: usize = 256 << 10;
+/// From here on a copy from the page cache takes longer than handing it to another thread.
+const LONG_READ_BYTES: usize = 256 << 10;
+/// From here on a copy to a file in memory would keep the other queues of its worker waiting for long.
+/// (Not earlier: writes of one file exclude each other in the kernel, so that no thread helps them.)
+const LONG_WRITE_BYTES: usize = 4 << 20;
 
 /// See the module text.
 pub(super) struct Core {
@@ -193,8 +196,7 @@ impl Core {
             "{} segments in one operation",
             iovs.len()
         );
-        // Not for writes: those of one file exclude each other in the kernel anyway.
-        let hand_over = direction == Direction::Read && self.is_long_copy(file, iovs);
+        let hand_over = self.is_long_copy(direction, file, iovs);
         if !hand_over && let Some(result) = self.transfer_at_once(direction, file, offset, iovs) {
             self.backlog.push_back((token, result, false));
             return Ok(());
@@ -238,12 +240,16 @@ impl Core {
     /// Whether a transfer is a copy by the processor that takes long enough to be worth a thread of
     /// the kernel's: submitting it would do the copy at once, one after the other.
     #[inline]
-    fn is_long_copy(&self, id: FileId, iovs: &[libc::iovec]) -> bool {
+    fn is_long_copy(&self, direction: Direction, id: FileId, iovs: &[libc::iovec]) -> bool {
+        let long = match direction {
+            Direction::Read => LONG_READ_BYTES,
+            Direction::Write => LONG_WRITE_BYTES,
+        };
         let buffered = self
             .files
             .get(id)
             .is_some_and(|entry| !entry.file.mode().direct);
-        buffered && iovs.iter().map(|iov| iov.iov_len).sum::<usize>() >= LONG_COPY_BYTES
+        buffered && iovs.iter().map(|iov| iov.iov_len).sum::<usize>() >= long
     }
 
     /// The SQE of a transfer of the segments in the slot.
