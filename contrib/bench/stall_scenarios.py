@@ -18,6 +18,7 @@ SMALL_REGION = 16 << 20  # a load confined to it soon has copied all its cluster
 MANY_REGION = 64 << 20
 MANY_KEPT = 3  # snapshots that exist at any time of the `many` run
 MANY_PACE = 10  # so many may be unsettled: else the run measures a queue that grows without end
+ASK_INTERVAL = 0.01  # seconds between two questions whether a server is busy
 QUICK_SETTLE = 100 * MS  # what settles faster leaves no time to measure rates in
 
 
@@ -91,7 +92,7 @@ def settled(run, server, load, open_until):
             if not confined and (now() > open_until or room.is_short()):
                 load.confine(SMALL_REGION)
                 confined = True
-        time.sleep(0.01)
+        time.sleep(ASK_INTERVAL)
     return now()
 
 
@@ -150,7 +151,10 @@ def rates(run, pattern, skip, *options):
     with serving(run) as server, loading(run, server, pattern, *options) as load:
         server.connect()
         began = now()
-        pause(run, load, min(run.args.before, 5.0))
+        # Asking whether it is settled disturbs the load too: the same is done before.
+        while now() < began + int(min(run.args.before, 5.0) * SECOND):
+            server.is_busy()
+            time.sleep(ASK_INTERVAL)
         asked, answered = server.create("s1")
         end = settled(run, server, None, 0)
         timeline = load.finish(run.limit)
