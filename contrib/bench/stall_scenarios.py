@@ -18,6 +18,7 @@ SMALL_REGION = 16 << 20  # a load confined to it soon has copied all its cluster
 MANY_REGION = 64 << 20
 MANY_KEPT = 3  # snapshots that exist at any time of the `many` run
 MANY_PACE = 10  # so many may be unsettled: else the run measures a queue that grows without end
+TOUCHED = 4 << 30  # more than most runs copy
 ASK_INTERVAL = 0.01  # seconds between two questions whether a server is busy
 QUICK_SETTLE = 100 * MS  # what settles faster leaves no time to measure rates in
 
@@ -49,6 +50,21 @@ def serving(run):
     finally:
         server.kill()
         image.unlink(missing_ok=True)
+
+
+def touch_memory(run):
+    """Has the host back as much memory as the copies of a run on tmpfs will take.
+
+    On a virtual machine a page that it has not used lately costs several times as much as the write
+    into it, and which run gets such pages is chance.
+    """
+    if run.args.medium != "tmpfs":
+        return
+    path, piece = run.folder / "touched", bytes(1 << 20)
+    with open(path, "wb", buffering=0) as file:
+        while file.tell() < TOUCHED and not run.room().is_short():
+            file.write(piece)
+    path.unlink()
 
 
 @contextmanager
@@ -99,6 +115,7 @@ def settled(run, server, load, open_until):
 def stall(run):
     """Random writes; a snapshot is taken, settles, and is deleted."""
     args, marks = run.args, {}
+    touch_memory(run)
     with serving(run) as server, loading(run, server, "randwrite") as load:
         server.connect()
         marks["began"] = now()
