@@ -18,7 +18,7 @@ thread_local! {
 }
 
 /// Offers this thread's processor to whoever waits for one, if it has not for a while. For places where
-/// no lock is held.
+/// no lock is held, and where no request waits for anything: nor for a slice that is being loaded.
 pub(super) fn breathe() {
     LAST.with(|last| {
         if last.get().is_none_or(|last| last.elapsed() >= BREATH) {

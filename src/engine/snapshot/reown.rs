@@ -237,7 +237,6 @@ impl<S: Storage> Worker<S> {
         let mut found = Vec::new();
         while let Some((table, loaded)) = tables.try_next().await? {
             found.push(table);
-            breathe();
             reown.loaded.extend(loaded);
         }
         Ok(found)
