@@ -52,7 +52,12 @@ pub(super) fn serve(args: ServeArgs) -> Result<Config, ConfigError> {
     if args.print_capabilities {
         return Ok(Config::PrintCapabilities);
     }
-    if args.socket_path.is_some() && args.socket_path == args.control {
+    let same = |one: &PathBuf, other: &PathBuf| {
+        let absolute = |path| std::path::absolute(path).ok();
+        one == other || absolute(one).is_some_and(|one| Some(one) == absolute(other))
+    };
+    let both = args.socket_path.as_ref().zip(args.control.as_ref());
+    if both.is_some_and(|(socket, control)| same(socket, control)) {
         return Err(ConfigError::Usage(
             "--socket-path and --control name the same socket; the front-end and the clients of the \
              control socket need one each",
@@ -151,6 +156,8 @@ mod tests {
     #[test]
     fn two_sockets_need_two_paths() {
         let refused = served("--control s").unwrap_err();
+        assert!(refused.contains("the same socket"), "{refused}");
+        let refused = served("--control ./s").unwrap_err();
         assert!(refused.contains("the same socket"), "{refused}");
         assert!(served("--control t").is_ok());
     }

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use super::LayerFormat;
 use super::error::{Error, ErrorKind};
 use super::source::Source;
-use crate::format::Header;
+use crate::format::{FormatError, Header};
 use crate::storage::{BlockingStorage, FileId, HostFile, OpenMode, block_on};
 
 /// Most files in a chain, the image itself included.
@@ -82,13 +82,15 @@ pub fn open_chain(
     let file = open(path, mode)
         .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
     let mut seen = HashSet::from([identity(&file, path)?]);
-    let mut layers = vec![layer(
-        file,
-        path.to_owned(),
-        format,
-        options.read_only,
-        opened,
-    )?];
+    let top = layer(file, path.to_owned(), format, options.read_only, opened);
+    let mut layers = vec![top.map_err(|error| {
+        // Only here: were an overlay served as raw, its metadata would be the guest's disk.
+        if Error::is_caused_by(&error, |cause| matches!(cause, FormatError::Magic { .. })) {
+            error.context("not usable as qcow2 (to serve a raw image, give --format raw)")
+        } else {
+            error
+        }
+    })?];
     // The user named the image: its files are where that name leads, or where it stands.
     let mut folders = vec![
         folder_of(&real_path(path, &layers[0].file)?),
@@ -497,6 +499,23 @@ mod tests {
         let layers = open_chain(&path, LayerFormat::Raw, &options, &mut |_, _| Ok(())).unwrap();
         assert_eq!(layers.len(), 1);
         assert!(!layers[0].file.mode().write);
+    }
+
+    #[test]
+    fn only_the_image_that_the_user_named_is_said_to_be_served_raw() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, base) = (dir.path().join("top"), dir.path().join("base"));
+        fs::write(&base, [1; 4096]).unwrap();
+        make(&top, Some((b"base", LayerFormat::Qcow2)));
+        let (named, below) = (refusal(&base), refusal(&top));
+        assert!(named.contains("--format raw"), "{named}");
+        // With that option the overlay's metadata would become the guest's disk.
+        assert!(below.contains("not a qcow2 image"), "{below}");
+        assert!(!below.contains("--format raw"), "{below}");
+        // An image that is damaged is none that should be served raw.
+        fs::write(&top, b"QFI\xfb").unwrap();
+        let damaged = refusal(&top);
+        assert!(!damaged.contains("--format raw"), "{damaged}");
     }
 
     #[test]

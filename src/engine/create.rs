@@ -11,7 +11,7 @@ use super::LayerFormat;
 use super::error::{Error, ErrorKind};
 use super::order::keeps;
 use super::source::Source;
-use crate::format::geometry::{L1_BYTES_MAX, REFTABLE_BYTES_MAX};
+use crate::format::geometry::{CLUSTER_BITS_MAX, L1_BYTES_MAX, REFTABLE_BYTES_MAX};
 use crate::format::header::COMPAT_LAZY_REFCOUNTS;
 use crate::format::{Extension, Geometry, Header, L1Entry, L2Entry, RefcountTableEntry, refcount};
 use crate::storage::{AlignedBuf, FileId, Storage};
@@ -81,11 +81,16 @@ impl Plan {
     fn new(geometry: Geometry, size: u64, preallocated: bool) -> Result<Self, Error> {
         let l1_entries = geometry.l1_entries_for(size);
         if l1_entries > L1_BYTES_MAX / 8 {
+            let advice = if geometry.cluster_bits() == CLUSTER_BITS_MAX {
+                let bytes_max = L1_BYTES_MAX / 8 * geometry.l2_table_span();
+                format!("these are the largest, so that it has at most {bytes_max} bytes")
+            } else {
+                "use larger clusters".to_owned()
+            };
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "a virtual disk of {size} bytes is too large for clusters of {} bytes: use \
-                     larger clusters",
+                    "a virtual disk of {size} bytes is too large for clusters of {} bytes: {advice}",
                     geometry.cluster_size()
                 ),
             ));
@@ -379,6 +384,26 @@ mod tests {
                 writeln!(std::io::stderr(), "SKIPPED: qemu-img is not installed").unwrap();
             }
         }
+    }
+
+    #[test]
+    fn a_disk_that_is_too_large_is_refused_with_advice_that_can_be_followed() {
+        let refusal = |cluster_bits| {
+            let geometry = Geometry::new(cluster_bits, 4).unwrap();
+            let refused = Plan::new(geometry, 1 << 62, false);
+            refused.err().unwrap().to_string()
+        };
+        assert!(
+            refusal(20).contains("use larger clusters"),
+            "{}",
+            refusal(20)
+        );
+        // Those are the largest. The L1 table has 2^22 entries at most, for 2^39 bytes each.
+        let largest = refusal(21);
+        assert!(!largest.contains("larger clusters"), "{largest}");
+        assert!(largest.contains("at most 2305843009213693952"), "{largest}");
+        let fits = Plan::new(Geometry::new(21, 4).unwrap(), 1 << 61, false);
+        assert!(fits.is_ok());
     }
 
     /// A backing name can reach past the first sector of the header.

@@ -306,14 +306,7 @@ pub(crate) async fn read_header<S: Storage>(storage: &S, file: FileId) -> Result
         512
     };
     let bytes = read(storage, file, 0, len.min(cluster_size), "image header").await?;
-    Header::decode(&bytes).map_err(|error| {
-        let text = if bytes.starts_with(b"QFI\xfb") {
-            "cannot use the image"
-        } else {
-            "cannot use the image (to serve a raw image, give --format raw)"
-        };
-        Error::format(text, error)
-    })
+    Header::decode(&bytes).map_err(|error| Error::format("cannot use the image", error))
 }
 
 /// Parses an image that will be written to. One that was not closed in order is served with

@@ -482,7 +482,15 @@ impl<S: Storage> Repairer<'_, '_, S> {
         }
         Err(Error::new(
             ErrorKind::NoSpace,
-            format!("no {count} free clusters in a row for a new refcount structure"),
+            if self.source.can_grow() {
+                format!(
+                    "an entry names clusters up to {:#x}, too far past the end of the file for a new \
+                     refcount structure behind them, and the file has no {count} free clusters in a row",
+                    self.survey.report.dangling_end
+                )
+            } else {
+                format!("no {count} free clusters in a row for a new refcount structure")
+            },
         ))
     }
 

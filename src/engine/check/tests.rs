@@ -483,6 +483,27 @@ fn repairing_leaks_alone_frees_them_and_leaves_corruption() {
     assert_eq!(ours(&report), theirs(&path));
 }
 
+/// The file could grow, but not over what the entry names, nor behind it.
+#[test]
+fn a_rebuild_without_room_names_the_entry_that_is_in_the_way() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = make_image(dir.path(), "compat=1.1");
+    let words = Words::open(&path);
+    words.set(words.reftable(), 0);
+    words.set(words.l2() + 8 * 50, 0x8000_0800_0000_0000);
+    // No two free clusters in a row: what is allocated is mapped up to the end of the file.
+    let clusters = std::fs::metadata(&path).unwrap().len() >> 16;
+    for cluster in 1..clusters {
+        words.set(words.l2() + 8 * (60 + cluster), cluster << 16);
+    }
+    let refused = check_file(&path, Repair::All).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NoSpace);
+    assert!(refused.to_string().contains("0x80000010000"), "{refused}");
+}
+
 #[test]
 fn repairing_leaks_alone_refuses_a_lost_refcount_block() {
     if !have_qemu() {
