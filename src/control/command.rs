@@ -494,23 +494,32 @@ impl ExternalSnapshot {
     }
 
     fn check(self, info: &DeviceInfo) -> Result<SnapshotAction, CommandError> {
-        let names = [self.device.as_deref(), self.node.as_deref()];
-        let mut names = names.into_iter().flatten().peekable();
-        if names.peek().is_none() {
-            return Err(CommandError::generic(
-                "One of 'device' and 'node-name' must be given",
-            ));
+        let device = self.device.as_deref();
+        let node = self.node.as_deref();
+        let mut names = device.into_iter().chain(node).peekable();
+        if names.peek().is_none() || names.clone().any(|name| !info.has(name)) {
+            return Err(CommandError::generic(format!(
+                "Cannot find device='{}' nor node-name='{}'",
+                device.unwrap_or_default(),
+                node.unwrap_or_default(),
+            )));
         }
         for name in names {
             if root(info, name)?.read_only {
                 return Err(read_only(name));
             }
         }
-        // Who names nodes must be able to name the new one.
-        if self.device.is_none() && self.overlay.node_name.is_none() {
-            return Err(CommandError::generic(
-                "Parameter 'snapshot-node-name' is missing: the image was given by its node name",
-            ));
+        match self.overlay.node_name.as_deref() {
+            // Who names nodes must be able to name the new one.
+            None if node.is_some() => {
+                return Err(CommandError::generic("New overlay node-name missing"));
+            }
+            Some(name) if info.has(name) => {
+                return Err(CommandError::generic(
+                    "New overlay node-name already in use",
+                ));
+            }
+            _ => {}
         }
         Ok(SnapshotAction::External(self.overlay))
     }

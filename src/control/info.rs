@@ -19,6 +19,13 @@ pub struct DeviceInfo {
     pub chain: Vec<NodeInfo>,
 }
 
+impl DeviceInfo {
+    /// Whether the device or one of its nodes is called `name`.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.name == name || self.chain.iter().any(|node| node.node_name == name)
+    }
+}
+
 /// One image of the chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeInfo {

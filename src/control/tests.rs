@@ -1069,7 +1069,7 @@ fn bad_external_snapshots_are_refused() {
             (r#"{}"#, "Parameter 'snapshot-file' is missing"),
             (
                 r#"{"snapshot-file":"o"}"#,
-                "One of 'device' and 'node-name' must be given",
+                "Cannot find device='' nor node-name=''",
             ),
             (
                 r#"{"device":"disk0","snapshot-file":3}"#,
@@ -1081,15 +1081,35 @@ fn bad_external_snapshots_are_refused() {
             ),
             (
                 r#"{"device":"nope","snapshot-file":"o"}"#,
-                "Cannot find device='nope' nor node-name='nope'",
+                "Cannot find device='nope' nor node-name=''",
             ),
             (
-                r#"{"device":"disk0","node-name":"disk0.1","snapshot-file":"o"}"#,
+                r#"{"node-name":"nope","snapshot-node-name":"n","snapshot-file":"o"}"#,
+                "Cannot find device='' nor node-name='nope'",
+            ),
+            (
+                r#"{"device":"nope","node-name":"disk0","snapshot-file":"o"}"#,
+                "Cannot find device='nope' nor node-name='disk0'",
+            ),
+            (
+                r#"{"node-name":"disk0.1","snapshot-node-name":"n","snapshot-file":"o"}"#,
                 "Need a root block node",
             ),
             (
                 r#"{"node-name":"disk0","snapshot-file":"o"}"#,
-                "Parameter 'snapshot-node-name' is missing: the image was given by its node name",
+                "New overlay node-name missing",
+            ),
+            (
+                r#"{"device":"disk0","node-name":"disk0","snapshot-file":"o"}"#,
+                "New overlay node-name missing",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-node-name":"disk0","snapshot-file":"o"}"#,
+                "New overlay node-name already in use",
+            ),
+            (
+                r#"{"device":"disk0","snapshot-node-name":"disk0.1","snapshot-file":"o"}"#,
+                "New overlay node-name already in use",
             ),
             (
                 r#"{"device":"disk0","snapshot-file":"o","format":"raw"}"#,
