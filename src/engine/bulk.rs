@@ -46,7 +46,7 @@ pub(super) async fn read_clusters<S: Storage>(
         let part = whole.slice(at, to_u64(piece.len()) * cluster_size);
         async move {
             let result = storage.read(file, starts[piece.start], part).await;
-            breathe();
+            breathe(to_u64(piece.len()) * cluster_size);
             result.err().map(|error| (piece, error))
         }
     };

@@ -87,7 +87,7 @@ impl Allocator {
         while let Some(first) = runs.get(*done)
             && self.block_index(first.start()) <= last
         {
-            breathe();
+            breathe(self.geometry.cluster_size());
             // Still here, unless somebody else used it and the budget was short.
             result = self
                 .borrow_block(storage, self.block_index(first.start()))
@@ -226,7 +226,7 @@ impl Allocator {
         let entries = self.geometry.refcount_block_entries();
         let order = self.geometry.refcount_order();
         for here in clusters.chunk_by(|a, b| self.block_index(*a) == self.block_index(*b)) {
-            breathe();
+            breathe(self.geometry.cluster_size());
             let block = self.block_index(here.first().copied().unwrap_or(0));
             loop {
                 // Still here, unless somebody else used it and the budget was short.
@@ -327,7 +327,7 @@ impl Allocator {
         let blocks = clusters.start / entries..clusters.end.div_ceil(entries);
         let mut bits = vec![0; to_usize((clusters.end - clusters.start).div_ceil(64))];
         self.look_through(storage, blocks, |block, counts| {
-            breathe();
+            breathe(self.geometry.cluster_size());
             // A block has at least 64 counts.
             let first = to_usize((block * entries - clusters.start) / 64);
             refcount::ones(

@@ -131,7 +131,7 @@ impl<S: Storage> Worker<S> {
         let mut read = to_u64(tables.len());
         let tables = tables.chunks_exact(to_usize(cluster_size));
         for ((start, l1_index, entry), table) in found.into_iter().zip(tables) {
-            breathe();
+            breathe(cluster_size);
             let start = HostOffset::new(start);
             let mut flagged = self.judge_flags(target, start, entry, table, alone).await?;
             if matches!(flagged, Flagged::Wrong) {
@@ -348,7 +348,7 @@ impl<S: Storage> Worker<S> {
         let buf = self.read_tables(target, &starts).await?;
         let bytes = buf.chunks_exact(to_usize(cluster_size));
         for ((start, bytes), exact) in starts.iter().zip(bytes).zip(&mut exact) {
-            breathe();
+            breathe(cluster_size);
             let table = HostOffset::new(*start);
             if mapping.is_suspicious(table, words(bytes)) {
                 *exact = false;

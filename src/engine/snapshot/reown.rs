@@ -172,7 +172,7 @@ impl<S: Storage> Worker<S> {
             return Ok(Some(done));
         }
         for found in tables {
-            breathe();
+            breathe(cluster_size);
             let mut modified = 0;
             match self.decide(target, &found, &mut modified) {
                 Decided::Done => {}
@@ -360,7 +360,7 @@ impl<S: Storage> Worker<S> {
         let mut clusters: Vec<u64> = Vec::new();
         let mut places: Vec<(usize, usize)> = Vec::new();
         for (number, found) in tables.iter_mut().enumerate() {
-            breathe();
+            breathe(geometry.cluster_size());
             for (index, entry) in found.entries.iter().enumerate() {
                 if let Some(host) = may_be_owned(target, found, index, *entry)
                     && !(found.owned && entry.copied())

@@ -382,7 +382,7 @@ impl<S: Storage> Worker<S> {
         let bytes = || buf.chunks_exact(to_usize(cluster_size));
         let mut suspicious = Vec::with_capacity(tables.len());
         for ((start, l1_index), table) in tables.iter().zip(bytes()) {
-            breathe();
+            breathe(cluster_size);
             suspicious.push(
                 judge(mapping, *l1_index, *start, table)
                     .map_err(|error| error.context(format!("snapshot '{}'", walk.root.name)))?,
@@ -395,7 +395,7 @@ impl<S: Storage> Worker<S> {
         // Nothing fails from here on.
         for ((start, table), suspicious) in starts.iter().zip(bytes()).zip(suspicious) {
             walk.gather(mapping, *start, table, suspicious);
-            breathe();
+            breathe(cluster_size);
         }
         walk.advance(tables.len(), cluster_size);
         let end = target.active.allocator.end_offset();
