@@ -27,6 +27,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use event_listener::Event;
+
 use super::active::Active;
 use super::allocator::{BlockCopy, TableWrite};
 use super::bulk::write_pieces;
@@ -38,7 +40,6 @@ use super::{Image, ImageEvent, State};
 use crate::engine::sync::Mutex;
 use crate::storage::{FileId, Storage};
 use crate::units::{to_u64, to_usize};
-use event_listener::Event;
 
 /// Adjacent slices go into one write of at most this many bytes: guests' writes to the same file wait
 /// for one such write in the host's kernel.
