@@ -231,12 +231,15 @@ struct Ours {
 }
 
 fn bodies(slots: usize, shape: Shape) -> Arc<[Arc<SliceBody>]> {
-    numbers(slots)
-        .map(|number| {
-            let key = SliceKey::new(0, HostOffset::new(shape.offset_of(number)));
-            Arc::new(SliceBody::new(key, shape.entries(number).collect(), false))
-        })
-        .collect()
+    // First the entries of all, so that they lie as close together as those of the array.
+    let entries: Vec<_> = numbers(slots)
+        .map(|number| shape.entries(number).collect())
+        .collect();
+    let body = |(number, entries)| {
+        let key = SliceKey::new(0, HostOffset::new(shape.offset_of(number)));
+        Arc::new(SliceBody::new(key, entries, false))
+    };
+    numbers(slots).zip(entries).map(body).collect()
 }
 
 impl Ours {
