@@ -381,6 +381,15 @@ fn data_past_the_end_of_the_file_stays() {
     }
 }
 
+/// An image without refcounts, and an entry past those of its data.
+fn without_refcounts(dir: &Path, entry: u64) -> (PathBuf, Words) {
+    let path = make_image(dir, "compat=1.1");
+    let words = Words::open(&path);
+    words.set(words.reftable(), 0);
+    words.set(words.l2() + 8 * 50, entry);
+    (path, words)
+}
+
 /// The new refcount structure went behind the cluster that an entry names past the end of the file.
 /// The file had grown over that cluster then, and its count said that it is free.
 #[test]
@@ -389,10 +398,7 @@ fn rebuild_counts_what_the_file_grows_over() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let path = make_image(dir.path(), "compat=1.1");
-    let words = Words::open(&path);
-    words.set(words.reftable(), 0);
-    words.set(words.l2() + 8 * 50, 0x1000_0000);
+    let (path, _) = without_refcounts(dir.path(), 0x1000_0000);
     let repaired = check_file(&path, Repair::All).unwrap();
     assert!(repaired.is_clean(), "{:#?}", repaired.problems);
     must(&format!("qemu-img check {}", path.display()));
@@ -490,10 +496,7 @@ fn a_rebuild_without_room_names_the_entry_that_is_in_the_way() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let path = make_image(dir.path(), "compat=1.1");
-    let words = Words::open(&path);
-    words.set(words.reftable(), 0);
-    words.set(words.l2() + 8 * 50, 0x8000_0800_0000_0000);
+    let (path, words) = without_refcounts(dir.path(), 0x8000_0800_0000_0000);
     // No two free clusters in a row: what is allocated is mapped up to the end of the file.
     let clusters = std::fs::metadata(&path).unwrap().len() >> 16;
     for cluster in 1..clusters {
